@@ -1,0 +1,174 @@
+"""`Plan`: how a job is split over ranks, as a value: it prints, compares, saves and is obeyed by every room."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from msgspec import UNSET, Struct, field, structs
+
+from shardwise.errors import SpecError, did_you_mean
+from shardwise.spec.files import convert
+
+AXES = ("pipeline", "data", "shard", "tensor", "context", "expert")  # outermost first: neighbours share the last ones
+Precision = Literal["float32", "bfloat16", "float16", "float64"]
+
+
+class Split(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How one weight is cut over the tensor axis; `parts` are fused pieces or uneven head counts, by rank."""
+
+    how: Literal["column", "row", "vocabulary", "whole"]
+    parts: tuple[int, ...] = ()
+
+
+class Stage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Blocks `first..last` (inclusive) of one pipeline stage; `holds` are patterns of further tensors kept there."""
+
+    first: int
+    last: int
+    holds: tuple[str, ...] = ()
+    devices: tuple[int, ...] = ()
+    share: float = 1.0
+
+
+class Recompute(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which activations are computed again in backward instead of kept."""
+
+    mode: Literal["none", "selective", "full", "blocks"] = "none"
+    blocks: tuple[int, ...] = ()
+
+
+class Offload(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What lives in host memory or on disk instead of on the device."""
+
+    optimizer: Literal["none", "host", "disk"] = "none"
+    activations: Literal["none", "host", "disk"] = "none"
+
+
+class Sync(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How replicas agree on gradients; `bucket_bytes` is the size of one flat gradient bucket."""
+
+    word: Literal["all_reduce", "compressed", "local", "param_server"] = "all_reduce"
+    method: str = ""
+    every: int = 1
+    bound: int = 0
+    bucket_bytes: int = 25_000_000
+
+    def __post_init__(self) -> None:
+        if self.bucket_bytes < 1 or self.every < 1 or self.bound < 0:
+            raise SpecError("sync.bucket_bytes and sync.every must be at least 1, sync.bound at least 0.")
+
+
+class Prediction(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the planner expects: seconds a step and bytes on the fullest device, each with its parts."""
+
+    step_s: float
+    peak_bytes: int
+    parts_s: dict[str, float] = field(default_factory=dict)
+    parts_bytes: dict[str, int] = field(default_factory=dict)
+    limit: str = ""
+
+
+class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The mesh, the cuts, the schedule, the precision and the synchronisation of one job on one cluster."""
+
+    data: int = 1
+    shard: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    zero: int = 3
+    splits: dict[str, Split] = field(default_factory=dict)
+    blocks: tuple[str, ...] = ()
+    stages: tuple[Stage, ...] = ()
+    schedule: str = "1f1b"
+    microbatches: int = 1
+    virtual: int = 1
+    precision: Precision = "float32"
+    recompute: Recompute = Recompute()
+    offload: Offload = Offload()
+    sync: Sync = Sync()
+    exact: bool = False
+    predicted: Prediction | None = None
+
+    def __post_init__(self) -> None:
+        for name in (*AXES, "microbatches", "virtual"):
+            if getattr(self, name) < 1:
+                raise SpecError(f"{name}={getattr(self, name)} in the plan: it must be at least 1.")
+        if self.zero not in (1, 2, 3):
+            raise SpecError(f"zero={self.zero} in the plan: it must be 1, 2 or 3 (what the shard axis shards).")
+        if self.stages and len(self.stages) != self.pipeline * self.virtual:
+            raise SpecError(f"the plan has {len(self.stages)} stages but pipeline x virtual is {self.pipeline * self.virtual}.")
+
+    @property
+    def ranks(self) -> int:
+        """The number of ranks: the product of all axes."""
+        product = 1
+        for axis in AXES:
+            product *= getattr(self, axis)
+        return product
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Where `rank` stands on each axis; the last axis of `AXES` varies fastest."""
+        if not 0 <= rank < self.ranks:
+            raise SpecError(f"rank {rank} is not in a plan of {self.ranks} ranks.")
+        found: dict[str, int] = {}
+        for axis in reversed(AXES):
+            rank, found[axis] = divmod(rank, getattr(self, axis))
+        return found
+
+    def __str__(self) -> str:
+        """The shortest string that `parse_plan` reads back as this plan (prediction, splits and stages left out)."""
+        words: list[str] = []
+        for name, value in _changed(self):
+            if name in ("predicted", "splits", "stages", "blocks"):
+                continue
+            if isinstance(value, Struct):
+                head = {"sync": "word", "recompute": "mode"}.get(name, "")
+                words += [f"{name}={v}" if k == head else f"{name}.{k}={_text(v)}" for k, v in _changed(value)]
+            else:
+                words.append(f"{name}={_text(value)}")
+        return ",".join(words) or "data=1"
+
+
+def parse_plan(text: str) -> dict[str, Any]:
+    """`"data=2,sync=local,sync.every=50"` -> the fields that it fixes, nested; what it leaves out is searched.
+
+    Raises SpecError for an unknown field, a value of the wrong type or a field given twice.
+    """
+    fixed: dict[str, Any] = {}
+    for word in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = word.partition("=")
+        if not equals or not value:
+            raise SpecError(f"'{word}' in the plan '{text}' has no value. Write NAME=VALUE pairs, such as data=2,precision=bfloat16.")
+        outer, _, inner = name.partition(".")
+        if outer not in Plan.__struct_fields__:
+            raise SpecError(f"unknown field '{outer}' in the plan '{text}'{did_you_mean(outer, Plan.__struct_fields__)}")
+        inner = inner or {"sync": "word", "recompute": "mode"}.get(outer, "")
+        place = fixed.setdefault(outer, {}) if inner else fixed
+        key = inner or outer
+        if key in place:
+            raise SpecError(f"the plan '{text}' gives '{name}' twice. Keep one of them.")
+        place[key] = {"true": True, "false": False}.get(value.lower(), value)
+    build_plan(fixed)
+    return fixed
+
+
+def build_plan(fixed: dict[str, Any]) -> Plan:
+    """A Plan from parsed fields; every other field has its default."""
+    return convert(fixed, Plan, source="the plan", strict=False)
+
+
+def _changed(value: Struct) -> list[tuple[str, Any]]:
+    defaults = {f.name: f.default if f.default is not structs.NODEFAULT else f.default_factory for f in structs.fields(value)}
+    found = []
+    for name in value.__struct_fields__:
+        default = defaults.get(name, UNSET)
+        default = default() if callable(default) else default
+        if getattr(value, name) != default:
+            found.append((name, getattr(value, name)))
+    return found
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,51 @@
+"""`ModelProfile`: what a module costs, as a chain of blocks. Counts are for one sample unless the name says else."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+
+class LinearProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A linear layer of a block. `cut` lists the ways its weight may be split over the tensor axis."""
+
+    name: str
+    in_features: int
+    out_features: int
+    cut: tuple[str, ...] = ("column", "row")
+
+
+class BlockProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One block. FLOPs of the forward pass; bytes saved for backward; bytes that leave it, each for one sample."""
+
+    name: str
+    parameters: int
+    parameter_bytes: int
+    forward_flops: float
+    activation_bytes: int
+    boundary_bytes: int
+    linears: tuple[LinearProfile, ...] = ()
+
+
+class ModelProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A module as a chain of blocks, in the order of execution. `sample` names the input it was measured with."""
+
+    blocks: tuple[BlockProfile, ...]
+    sample: str = ""
+    tied: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        return sum(block.parameters for block in self.blocks)
+
+    @property
+    def parameter_bytes(self) -> int:
+        return sum(block.parameter_bytes for block in self.blocks)
+
+    @property
+    def forward_flops(self) -> float:
+        """FLOPs of one sample's forward pass; a training step is three times that (Narayanan et al. 2021, section 5.1)."""
+        return sum(block.forward_flops for block in self.blocks)
+
+    @property
+    def activation_bytes(self) -> int:
+        return sum(block.activation_bytes for block in self.blocks)
