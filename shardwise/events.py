@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from shardwise.errors import RunError
+
 Event = dict[str, Any]
 Sink = Callable[[Event], None]
 
@@ -42,7 +44,10 @@ class JsonLines:
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the sink
 
     def __call__(self, event: Event) -> None:
-        self._file.write((json.dumps(event, default=str) + "\n").encode())
+        try:
+            self._file.write((json.dumps(event, default=str) + "\n").encode())
+        except OSError as error:
+            raise RunError(f"cannot write {self.path}: {error.strerror}. Free some space and resume the run.") from None
 
     def close(self) -> None:
         self._file.close()

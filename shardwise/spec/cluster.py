@@ -7,8 +7,14 @@ from msgspec import Struct, field
 from shardwise.errors import SpecError
 
 
+def _not_negative(owner: str, **values: float) -> None:
+    for name, value in values.items():
+        if not value >= 0:
+            raise SpecError(f"{name} of {owner} is {value}; it cannot be negative. Correct it in the cluster file.")
+
+
 class Device(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One device. `peak_flops` maps a dtype name (`float32`, `bfloat16`) to FLOP/s; sizes in bytes, rates in bytes/s."""
+    """One device. `peak_flops` maps a dtype name (`float32`) to FLOP/s; sizes in bytes, rates in bytes/s."""
 
     kind: str
     memory_bytes: int
@@ -59,9 +65,3 @@ class Cluster(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def devices(self) -> tuple[Device, ...]:
         """All devices in rank order: node after node."""
         return tuple(device for node in self.nodes for device in node.devices)
-
-
-def _not_negative(owner: str, **values: float) -> None:
-    for name, value in values.items():
-        if not value >= 0:
-            raise SpecError(f"{name} of {owner} is {value}; it cannot be negative. Correct it in the cluster file.")

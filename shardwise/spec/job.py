@@ -37,10 +37,12 @@ class Optimizer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         if self.warmup < 0:
             raise SpecError(f"warmup={self.warmup} of the optimizer: it is a number of steps and cannot be negative.")
         if self.scaling != "none" and self.base_batch < 1:
-            raise SpecError(f"scaling='{self.scaling}' of the optimizer needs base_batch, the global batch that lr was chosen for.")
+            raise SpecError(
+                f"scaling='{self.scaling}' of the optimizer needs base_batch, the global batch that lr was chosen for."
+            )
 
     def factor(self, step: int, steps: int) -> float:
-        """What `lr` is multiplied with in `step` (0-based) of `steps`: linear warm-up, then the schedule down to `final`."""
+        """What `lr` is multiplied with in `step` (0-based) of `steps`: linear warm-up, then down to `final`."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         if self.schedule == "constant":

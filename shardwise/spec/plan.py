@@ -98,7 +98,9 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         if self.zero not in (1, 2, 3):
             raise SpecError(f"zero={self.zero} in the plan: it must be 1, 2 or 3 (what the shard axis shards).")
         if self.stages and len(self.stages) != self.pipeline * self.virtual:
-            raise SpecError(f"the plan has {len(self.stages)} stages but pipeline x virtual is {self.pipeline * self.virtual}.")
+            raise SpecError(
+                f"the plan has {len(self.stages)} stages but pipeline x virtual is {self.pipeline * self.virtual}."
+            )
 
     @property
     def ranks(self) -> int:
@@ -140,10 +142,15 @@ def parse_plan(text: str) -> dict[str, Any]:
     for word in filter(None, (part.strip() for part in text.split(","))):
         name, equals, value = word.partition("=")
         if not equals or not value:
-            raise SpecError(f"'{word}' in the plan '{text}' has no value. Write NAME=VALUE pairs, such as data=2,precision=bfloat16.")
+            raise SpecError(
+                f"'{word}' in the plan '{text}' has no value. "
+                "Write NAME=VALUE pairs, such as data=2,precision=bfloat16."
+            )
         outer, _, inner = name.partition(".")
         if outer not in Plan.__struct_fields__:
-            raise SpecError(f"unknown field '{outer}' in the plan '{text}'{did_you_mean(outer, Plan.__struct_fields__)}")
+            raise SpecError(
+                f"unknown field '{outer}' in the plan '{text}'{did_you_mean(outer, Plan.__struct_fields__)}"
+            )
         inner = inner or {"sync": "word", "recompute": "mode"}.get(outer, "")
         place = fixed.setdefault(outer, {}) if inner else fixed
         key = inner or outer
@@ -160,7 +167,9 @@ def build_plan(fixed: dict[str, Any]) -> Plan:
 
 
 def _changed(value: Struct) -> list[tuple[str, Any]]:
-    defaults = {f.name: f.default if f.default is not structs.NODEFAULT else f.default_factory for f in structs.fields(value)}
+    defaults = {
+        f.name: f.default if f.default is not structs.NODEFAULT else f.default_factory for f in structs.fields(value)
+    }
     found = []
     for name in value.__struct_fields__:
         default = defaults.get(name, UNSET)

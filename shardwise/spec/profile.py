@@ -43,7 +43,7 @@ class ModelProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     @property
     def forward_flops(self) -> float:
-        """FLOPs of one sample's forward pass; a training step is three times that (Narayanan et al. 2021, section 5.1)."""
+        """FLOPs of one sample's forward pass; a training step is three times that (Narayanan et al. 2021, 5.1)."""
         return sum(block.forward_flops for block in self.blocks)
 
     @property

@@ -1,0 +1,1 @@
+"""Every performance claim, against its peers, in one run."""

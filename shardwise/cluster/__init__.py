@@ -1,0 +1,1 @@
+"""The machines: discover them, measure them, and launch ranks on them. No torch."""

@@ -1,0 +1,1 @@
+"""Sharded, resumable batches: sources, tokenising, packing, sample order, the loader."""

@@ -1,0 +1,173 @@
+"""A Summary as plain lines for a terminal, a log file or a README."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from shardwise.observe.history import finite, whole
+from shardwise.observe.summary import Compared, Evaluation, Summary
+from shardwise.units import format_bytes, format_count, format_seconds
+
+LABEL_WIDTH = 12
+PART_NAMES = {"wait": "wait for data"}
+SHOWN_FACTS = ("tokens", "vocab", "documents", "samples", "classes")
+
+
+def summary_text(summary: Summary) -> str:
+    """The whole summary, one line a topic; topics that the run did not record are left out."""
+    return "\n".join([*header_lines(summary), "", *outcome_lines(summary)])
+
+
+def header_lines(summary: Summary) -> list[str]:
+    """What was run: run, job, plan, data."""
+    ranks = f"on {plural(summary.ranks, 'rank')}" if summary.ranks else ""
+    return labelled(
+        [
+            ("run", f"{summary.run}   {state_text(summary)}"),
+            ("job", summary.job),
+            ("plan", "   ".join(filter(None, (summary.plan, ranks)))),
+            ("data", facts_text(summary.facts)),
+            *(("resumed", text) for text in summary.resumed),
+        ]
+    )
+
+
+def outcome_lines(summary: Summary) -> list[str]:
+    """What came of it: loss, held-out figures, rate, time, memory, predicted beside measured, checkpoints, warnings."""
+    memory = ", ".join(f"rank {rank} {format_bytes(peak)}" for rank, peak in list(summary.peak_bytes.items())[:8])
+    lines = labelled(
+        [
+            ("loss", loss_text(summary)),
+            ("held out", evaluation_text(summary.evaluation, summary.facts)),
+            ("rate", rate_text(summary)),
+            ("time", shares_text(summary.time)),
+            ("memory", f"peak of {memory}" if memory else ""),
+            ("checkpoint", checkpoint_text(summary)),
+            (
+                "skipped",
+                f"{plural(summary.skipped, 'step')} with a loss or gradient that was not finite"
+                if summary.skipped
+                else "",
+            ),
+            *(("warning", text) for text in summary.warnings),
+            ("failed", summary.failure),
+        ]
+    )
+    return [*lines, *([""] if summary.compared else []), *compared_lines(summary.compared)]
+
+
+def state_text(summary: Summary) -> str:
+    """`finished, 400 steps in 2 min 13 s`."""
+    steps = f"{summary.steps} of {summary.of_steps} steps" if unfinished(summary) else plural(summary.steps, "step")
+    spent = f" in {format_seconds(summary.seconds)}" if summary.seconds else ""
+    silent = summary.silent_s if summary.silent_s is not None and summary.silent_s >= 60 else None
+    quiet = f", silent for {format_seconds(silent)}" if silent else ""
+    return f"{summary.status}, {steps}{spent}{quiet}"
+
+
+def unfinished(summary: Summary) -> bool:
+    """Whether fewer steps were done than the job asked for."""
+    return summary.of_steps is not None and summary.steps < summary.of_steps
+
+
+def loss_text(summary: Summary) -> str:
+    loss = summary.loss
+    if loss.first is None and loss.last is None:
+        return ""
+    best = (
+        ""
+        if loss.best is None or loss.best_step == summary.steps
+        else f", best {figure(loss.best)} at step {loss.best_step}"
+    )
+    return f"{figure(loss.first)} at first, {figure(loss.last)} at step {summary.steps}{best}"
+
+
+def evaluation_text(evaluation: Evaluation | None, facts: Mapping[str, Any]) -> str:
+    """Loss and metrics on held-out data; the perplexity beside those of a unigram and a bigram model of the same data."""
+    if evaluation is None:
+        return ""
+    words = [f"loss {figure(evaluation.loss)}"] if evaluation.loss is not None else []
+    if evaluation.perplexity is not None:
+        words.append(f"perplexity {evaluation.perplexity:.1f}" + _peers_text(evaluation.perplexity, facts))
+    words += [f"{name} {value:.4g}" for name, value in evaluation.metrics.items()]
+    return ", ".join(words) + f" (step {evaluation.step})"
+
+
+def _peers_text(perplexity: float, facts: Mapping[str, Any]) -> str:
+    peers = []
+    for name in ("unigram", "bigram"):
+        value = finite(dict(facts), f"{name}_perplexity")
+        if value is not None:
+            ratio = f" ({value / perplexity:.1f}x)" if perplexity > 0 and math.isfinite(value / perplexity) else ""
+            peers.append(f"{name} {value:.1f}{ratio}")
+    return f" against {', '.join(peers)}" if peers else ""
+
+
+def rate_text(summary: Summary) -> str:
+    rate = summary.rate
+    words = [f"{format_count(rate.tokens_s)} tokens/s"] if rate.tokens_s else []
+    words += [f"{format_count(rate.samples_s)} samples/s"] if rate.samples_s else []
+    words += [f"{percent(rate.flop_share)} of the cluster's peak FLOP/s"] if rate.flop_share else []
+    return ", ".join(words)
+
+
+def shares_text(time: Mapping[str, float]) -> str:
+    """`compute 81 %, communicate 9 %, ...`."""
+    return ", ".join(f"{PART_NAMES.get(part, part)} {percent(share)}" for part, share in time.items())
+
+
+def checkpoint_text(summary: Summary) -> str:
+    if not summary.checkpoints:
+        return ""
+    last = summary.checkpoints[-1]
+    cost = f"{format_bytes(last.num_bytes)} in {format_seconds(last.seconds)}"
+    return f"{last.path or f'step {last.step}'}, {cost}, {plural(len(summary.checkpoints), 'save')} in all"
+
+
+def facts_text(facts: Mapping[str, Any]) -> str:
+    """`4.1 M tokens, 4096 vocab, 1683 documents`: the facts that are counts."""
+    counts = [(name, whole(dict(facts), name)) for name in SHOWN_FACTS]
+    return ", ".join(f"{_count(value)} {name}" for name, value in counts if value is not None)
+
+
+def compared_lines(compared: Sequence[Compared]) -> list[str]:
+    """A table: predicted, measured, and how far off the prediction was (above 0: it took more than predicted)."""
+    if not compared:
+        return []
+    lines = [f"{'':<{LABEL_WIDTH}}{'predicted':>12}{'measured':>12}{'off by':>9}"]
+    for row in compared:
+        shown = format_seconds if row.unit == "s" else format_bytes
+        lines.append(f"{row.name:<{LABEL_WIDTH}}{shown(row.predicted):>12}{shown(row.measured):>12}{off_by(row):>9}")
+    return lines
+
+
+def off_by(row: Compared) -> str:
+    """How much more was measured than predicted, in percent of the prediction; `-` without a prediction."""
+    return f"{100 * (row.measured / row.predicted - 1):+.0f} %" if row.predicted > 0 else "-"
+
+
+def figure(value: float | None) -> str:
+    """A loss: three decimals, or four digits where that says nothing."""
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if 0.1 <= abs(value) < 1e5 or value == 0 or not math.isfinite(value) else f"{value:.3e}"
+
+
+def percent(share: float) -> str:
+    """0.812 -> `81 %`; 0.004 -> `0.4 %`."""
+    value = 100 * share
+    return f"{value:.0f} %" if value >= 1.95 or value == 0 else f"{value:.1f} %"
+
+
+def plural(count: int | None, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _count(value: int) -> str:
+    return str(value) if abs(value) < 10_000 else format_count(value)
+
+
+def labelled(topics: Sequence[tuple[str, str]]) -> list[str]:
+    return [f"{label:<{LABEL_WIDTH}}{text}" for label, text in topics if text]

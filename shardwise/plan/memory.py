@@ -1,0 +1,33 @@
+"""Bytes on the fullest device for a data-parallel plan, by part."""
+
+from __future__ import annotations
+
+from shardwise.spec.job import JobFacts
+from shardwise.spec.plan import Plan
+from shardwise.spec.profile import ModelProfile
+
+PROCESS_BYTES = 250 * 2**20  # resident size of a Python process that has imported torch 2.13's CPU build, measured
+
+
+def memory_parts(profile: ModelProfile, plan: Plan, job: JobFacts, *, on_cpu: bool) -> dict[str, int]:
+    """Bytes by part for one rank at the end of its largest microbatch's forward pass, when activations peak.
+
+    Weights, gradients and optimizer states as in Rajbhandari et al. 2020, section 3.1; activations as the profile
+    counted them for one sample, halved under 16-bit autocast.
+    """
+    samples = -(-job.global_batch // (plan.data * plan.microbatches))
+    if plan.exact:
+        samples = -(-job.global_batch // job.logical_shards)
+    width = 0.5 if plan.precision in ("bfloat16", "float16") else 1.0
+    parts = {
+        "parameters": profile.parameter_bytes,
+        "gradients": profile.parameter_bytes,
+        "optimizer": profile.parameters * job.state_bytes_per_parameter,
+        "activations": int(profile.activation_bytes * samples * width),
+    }
+    if plan.data > 1 or plan.microbatches > 1 or plan.exact:
+        largest = max((block.parameter_bytes for block in profile.blocks), default=0)
+        parts["arriving gradients"] = largest  # autograd's own tensor lives until it is added to its bucket
+    if on_cpu:
+        parts["process"] = PROCESS_BYTES
+    return parts

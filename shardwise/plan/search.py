@@ -1,0 +1,61 @@
+"""`search`: the Plan for a job on a cluster. Only fields that keep the numbers are ever varied."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec import structs
+
+from shardwise.errors import NoPlanFits
+from shardwise.plan.cost import time_parts
+from shardwise.plan.memory import memory_parts
+from shardwise.plan.support import refuse_misfit, refuse_unbuilt
+from shardwise.spec.cluster import Cluster
+from shardwise.spec.job import JobFacts
+from shardwise.spec.plan import Plan, Prediction, build_plan
+from shardwise.spec.profile import ModelProfile
+from shardwise.units import format_bytes
+
+
+def search(profile: ModelProfile, cluster: Cluster, job: JobFacts, fixed: dict[str, Any] | None = None) -> Plan:
+    """One replica a device, and as few microbatches as fit in memory; `fixed` holds the fields that the user chose.
+
+    Raises SpecError for a field that cannot run, NoPlanFits when no number of microbatches fits.
+    """
+    fixed = dict(fixed or {})
+    plan = build_plan({"precision": job.precision, **fixed})
+    refuse_unbuilt(plan)
+    if "data" not in fixed:
+        plan = structs.replace(plan, data=min(len(cluster.devices), job.global_batch))
+    refuse_misfit(plan, cluster, job)
+    room = min(device.memory_bytes for device in cluster.devices)
+    largest = max(1, job.global_batch // plan.data)
+    while True:
+        plan = structs.replace(plan, predicted=predict(profile, plan, job, cluster))
+        assert plan.predicted is not None
+        if not room or plan.predicted.peak_bytes <= room:
+            return plan
+        if "microbatches" in fixed or plan.exact or plan.microbatches >= largest:
+            raise _too_big(plan.predicted, plan, room)
+        plan = structs.replace(plan, microbatches=min(largest, plan.microbatches * 2))
+
+
+def predict(profile: ModelProfile, plan: Plan, job: JobFacts, cluster: Cluster) -> Prediction:
+    """What a step of `plan` should take: seconds and bytes, by part."""
+    seconds = time_parts(profile, plan, job, cluster)
+    sizes = memory_parts(profile, plan, job, on_cpu=cluster.devices[0].kind.startswith("cpu"))
+    return Prediction(
+        step_s=sum(seconds.values()),
+        peak_bytes=sum(sizes.values()),
+        parts_s=seconds,
+        parts_bytes=sizes,
+        limit=max(seconds, key=lambda part: seconds[part]),
+    )
+
+
+def _too_big(predicted: Prediction, plan: Plan, room: int) -> NoPlanFits:
+    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in predicted.parts_bytes.items())
+    return NoPlanFits(
+        f"the plan {plan} needs {format_bytes(predicted.peak_bytes)} on its fullest device ({parts}), "
+        f"which has {format_bytes(room)}. Use a smaller model, more microbatches, or a device with more memory."
+    )

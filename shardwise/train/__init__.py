@@ -1,0 +1,1 @@
+"""One job on one mesh: from the job's source to a trained, checkpointed model."""

@@ -1,0 +1,67 @@
+"""Which rank this process is: set by the worker, read from a launcher's environment, or alone."""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+
+from shardwise.cluster.env import from_environment
+from shardwise.comm.mesh import Mesh, connect
+from shardwise.errors import SpecError
+from shardwise.spec.plan import Plan
+from shardwise.train.folder import RunFolder
+
+
+class Context(msgspec.Struct, frozen=True):
+    """This rank's mesh, and the run folder that its launcher opened (None when nobody did)."""
+
+    mesh: Mesh
+    run: RunFolder | None
+
+
+_current: Context | None = None  # a process is one rank for as long as it lives
+
+
+def enter(context: Context) -> None:
+    """Say which rank this process is. Called once, by the worker."""
+    global _current
+    _current = context
+
+
+def current(plan: Plan | None = None) -> Context:
+    """The context of this process; one rank alone when nobody started it as one of several."""
+    global _current
+    if _current is None:
+        _current = Context(_connect(plan), None)
+    if plan is not None and plan.ranks != _current.mesh.world:
+        raise SpecError(
+            f"the plan {plan} has {plan.ranks} ranks, but this script runs on {_current.mesh.world}. "
+            f"Start it with: shardwise train SCRIPT --plan data={plan.ranks}."
+        )
+    return _current
+
+
+def launched() -> bool:
+    """True in a process that a launcher started as one of its ranks."""
+    return _current is not None
+
+
+def device_of(local_rank: int) -> str:
+    """The CUDA device of this rank, or the CPU where there is none."""
+    import torch
+
+    return f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+
+
+def _connect(plan: Plan | None) -> Mesh:
+    placement = from_environment(os.environ)
+    if placement is None:
+        return connect(plan or Plan(), rank=0, world=1, store=None, device=device_of(0))
+    from shardwise.comm.store import environment_store
+
+    store = environment_store(placement.rank, placement.world, placement.master_addr, placement.master_port)
+    device = device_of(placement.local_rank)
+    return connect(
+        plan or Plan(data=placement.world), rank=placement.rank, world=placement.world, store=store, device=device
+    )

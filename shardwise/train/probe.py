@@ -1,0 +1,87 @@
+"""What must be known before ranks start: the job is valid, its data is ready, and what its model costs.
+
+Runs in a process of its own, forked from the zygote, so that the command line never imports torch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from shardwise.errors import JobError
+from shardwise.spec import files
+from shardwise.spec.job import JobFacts, TrainJob
+from shardwise.spec.profile import ModelProfile
+from shardwise.train import capture
+
+
+class Probe(msgspec.Struct, frozen=True, kw_only=True):
+    """What the probing process found; crosses to the launcher as JSON."""
+
+    parameters: dict[str, Any]
+    sources: dict[str, str]
+    facts: JobFacts
+    profile: ModelProfile
+    data: dict[str, Any]
+    seconds: float
+
+
+def main(*, source: dict[str, str], sets: dict[str, Any], out: str) -> None:
+    """Load the job, prepare its data, profile its model; write a Probe to `out`. Raises JobError or DataError."""
+    files.save(probe(capture.JobSource(**source), sets), out)
+
+
+def probe(source: capture.JobSource, sets: Mapping[str, Any]) -> Probe:
+    began = time.perf_counter()
+    function = capture.load_function(source)
+    parameters = capture.bind(function, sets)
+    job = capture.build(function, parameters, folder=source.folder)
+    profile, data = look(job, folder=source.folder)
+    return Probe(
+        parameters=parameters,
+        sources=capture.local_sources(source),
+        facts=facts(job),
+        profile=profile,
+        data=data,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def look(job: TrainJob, *, folder: str = "") -> tuple[ModelProfile, dict[str, Any]]:
+    """Prepare the data (through its cache) and profile the model on one sample of it; (profile, facts of the data)."""
+    from shardwise.models.profile import profile
+    from shardwise.parallel.blame import user_code
+    from shardwise.train.data import prepare
+
+    prepared = prepare(job)
+    with user_code("data of the job", folder=folder):
+        example = prepared.train.batch([0], [0])
+    return profile(job.model, example, forward=job.forward), prepared.facts
+
+
+def facts(job: TrainJob) -> JobFacts:
+    """The part of a job that the planner needs."""
+    stateful = {"AdamW": 8, "Adam": 8, "NAdam": 8, "RAdam": 8, "Adamax": 8, "SGD": 4, "RMSprop": 4, "Adagrad": 4}
+    kinds = [o.optimizer for o in job.optimizers]
+    names = [kind if isinstance(kind, str) else getattr(kind, "__name__", "") for kind in kinds]
+    plain = [n == "SGD" and not o.options.get("momentum") for n, o in zip(names, job.optimizers, strict=True)]
+    states = [0 if without else stateful.get(name, 8) for name, without in zip(names, plain, strict=True)]
+    return JobFacts(
+        global_batch=job.global_batch,
+        steps=job.steps,
+        precision=job.precision,
+        allow=job.allow,
+        state_bytes_per_parameter=max(states),
+        logical_shards=job.logical_shards,
+    )
+
+
+def read(out: Path) -> Probe:
+    """What `main` wrote. Raises JobError when the process ended without a word."""
+    if not out.is_file():
+        raise JobError("the process that looks at the job ended without a result. Its output is above; run it again.")
+    return files.load(out, Probe)

@@ -1,0 +1,175 @@
+"""`train`: run a job on this rank as the plan says, from the last checkpoint to the last step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+from shardwise import events
+from shardwise.comm.mesh import Mesh
+from shardwise.data.loader import Batches, LocalStep, eval_batches, open_batches
+from shardwise.data.source import Prepared
+from shardwise.errors import NonFiniteLoss
+from shardwise.parallel.parallelize import Replica, parallelize
+from shardwise.parallel.step import StepResult, evaluate, step
+from shardwise.spec.job import TrainJob
+from shardwise.spec.plan import Plan
+from shardwise.train.memory import peak_bytes
+from shardwise.train.optimizers import Optimizers
+from shardwise.train.state import Saver, State
+
+Blame = Callable[[str], Any]
+
+
+class Trainer:
+    """A job on one rank: its replica, optimizers, batches and checkpoints, and what happens around each step."""
+
+    def __init__(self, job: TrainJob, plan: Plan, mesh: Mesh, prepared: Prepared, saver: Saver) -> None:
+        self.job = job
+        self.plan = plan
+        self.mesh = mesh
+        self.prepared = prepared
+        self.saver = saver
+        self.replica = build_replica(job, plan, mesh)
+        self.optimizers = Optimizers(self.replica.module, job)
+        self.state = saver.resume(self.replica, self.optimizers)
+        self.batches = self._open()
+
+    def _open(self) -> Batches:
+        return open_batches(
+            self.prepared.train,
+            global_batch=self.job.global_batch,
+            seed=self.job.seed,
+            rank=self.mesh.axis("data").rank,
+            ranks=self.mesh.axis("data").size,
+            start_step=self.state.step,
+            steps=self.job.steps,
+            logical_shards=self.job.logical_shards if self.plan.exact else None,
+            microbatches=self.plan.microbatches,
+            workers=self.job.workers,
+        )
+
+    def train(self) -> State:
+        """All steps that are left. Raises NonFiniteLoss with the step, its samples and the last good checkpoint."""
+        began = time.perf_counter()
+        events.emit("training", step=self.state.step, steps=self.job.steps)
+        with self.batches as batches:
+            for local in batches:
+                began = self._step(local, began)
+                if self._stop_early() or self.state.step >= self.job.steps:
+                    break
+        if self.state.saved != self.state.step:
+            self._save()
+        events.emit("memory", rank=self.mesh.rank, peak_bytes=peak_bytes(self.mesh.device))
+        return self.state
+
+    def _step(self, local: LocalStep, began: float) -> float:
+        rate = self.optimizers.schedule(local.step)
+        result = self._guarded(local)
+        self.state.step = local.step + 1
+        now = time.perf_counter()
+        self._report(local, result, rate, now - began)
+        for callback in self.job.callbacks:
+            callback(self.state, result)
+        if self.job.eval_every and self.state.step % self.job.eval_every == 0:
+            self.evaluate()
+        if self.job.save_every and self.state.step % self.job.save_every == 0:
+            self._save()
+        return time.perf_counter() if now - began > 0 else began
+
+    def _guarded(self, local: LocalStep) -> StepResult:
+        try:
+            return step(
+                self.replica,
+                self.optimizers.optimizers,
+                local.micro,
+                loss=self.job.loss,
+                forward=self.job.forward,
+                clip_norm=self.job.clip_norm,
+                on_nan=self.job.on_nan,
+            )
+        except NonFiniteLoss as error:
+            samples = [sample for micro in local.micro for sample in micro.samples]
+            events.emit("non_finite", step=local.step + 1, rank=self.mesh.rank, samples=samples, why=str(error))
+            last = self.saver.last_good()
+            kept = f"The last good checkpoint is {last}" if last else "No checkpoint was written yet"
+            shown = ", ".join(map(str, samples[:16])) + (", ..." if len(samples) > 16 else "")
+            raise NonFiniteLoss(
+                f"step {local.step + 1}: {error} Samples of rank {self.mesh.rank} in this step: {shown}. {kept}. Lower "
+                "the learning rate, set clip_norm, or let such steps be skipped with on_nan='skip' in the job."
+            ) from None
+
+    def _report(self, local: LocalStep, result: StepResult, rate: float, seconds: float) -> None:
+        if self.mesh.rank != 0:
+            return
+        self.state.loss = result.loss
+        events.emit(
+            "step",
+            step=self.state.step,
+            loss=result.loss,
+            lr=rate,
+            samples=self.job.global_batch,
+            weight=result.weight,
+            seconds=seconds,
+            compute_s=result.compute_s,
+            comm_s=result.comm_s,
+            optimizer_s=result.optimizer_s,
+            wait_s=local.wait_s,
+            grad_norm=result.grad_norm,
+            skipped=result.skipped,
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss and metrics on the held-out samples, the same on every rank; kept for early stop and `best`."""
+        if self.prepared.eval is None:
+            return {}
+        began = time.perf_counter()
+        found = evaluate_replica(self.replica, self.prepared, self.job)
+        if "tokens" in self.prepared.facts:
+            found["perplexity"] = math.exp(min(found["loss"], 700.0))
+        self.state.evaluations.append({"step": self.state.step, **found})
+        if self.mesh.rank == 0:
+            events.emit("evaluation", step=self.state.step, seconds=time.perf_counter() - began, **found)
+        return found
+
+    def _save(self) -> None:
+        best = self.state.best_step(self.job) == self.state.step
+        self.saver.save(self.replica, self.optimizers, self.state, best=best)
+
+    def _stop_early(self) -> bool:
+        rule = self.job.early_stop
+        if rule is None or not self.state.evaluations or self.state.evaluations[-1]["step"] != self.state.step:
+            return False
+        best = self.state.best_step(self.job)
+        later = [e for e in self.state.evaluations if e["step"] > best]
+        if len(later) < rule.patience:
+            return False
+        if self.mesh.rank == 0:
+            events.emit("early_stop", step=self.state.step, metric=rule.metric, best_step=best)
+        return True
+
+    def close(self) -> None:
+        self.replica.close()
+
+
+def build_replica(job: TrainJob, plan: Plan, mesh: Mesh) -> Replica:
+    """The job's module, the same on every rank, obeying the plan."""
+    import torch
+
+    from shardwise.parallel.blame import user_code
+
+    torch.manual_seed(job.seed)
+    with user_code("model of the job"):
+        module = job.model()
+    return parallelize(module, plan, mesh, batch_norm=job.batch_norm, coupled=job.coupled, compile=job.compile)
+
+
+def evaluate_replica(replica: Replica, prepared: Prepared, job: TrainJob) -> dict[str, float]:
+    """Loss and metrics over all held-out samples, each counted once whatever the number of ranks."""
+    assert prepared.eval is not None
+    axis = replica.mesh.axis("data")
+    size = max(1, job.global_batch // max(1, axis.size))
+    batches = eval_batches(prepared.eval, batch=size, rank=axis.rank, ranks=axis.size)
+    return evaluate(replica, batches, job.loss, job.metrics, job.forward)

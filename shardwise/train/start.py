@@ -1,0 +1,32 @@
+"""Start the zygote first of all, so that its `import torch` overlaps with the command line's own work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from shardwise.cluster.local import Zygote
+
+# Everything that a rank needs, imported once in the zygote and shared by every fork of it.
+PRELOAD = (
+    "torch",
+    "torch.distributed",
+    "shardwise.train.worker",
+    "shardwise.train.probe",
+    "shardwise.models.gpt",
+)
+
+_started: Zygote | None = None  # one command starts one zygote; `take` hands it over
+
+
+def early(argv: Sequence[str]) -> None:
+    """Start the zygote if this command line will need one. Costs a fork and an exec, nothing else."""
+    global _started
+    if not {"--help", "env"} & set(argv) and _started is None:
+        _started = Zygote.start(PRELOAD)
+
+
+def take() -> Zygote:
+    """The zygote of this process, started now if `early` was not called; the caller closes it."""
+    global _started
+    zygote, _started = _started or Zygote.start(PRELOAD), None
+    return zygote
