@@ -8,17 +8,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 CASE = "SHARDWISE_BENCH_CASE"
-SHARDS = 4  # logical shards of the exact mode: the job's default
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """The work of one step: a GPT of `layers` x `width`, `batch` samples a rank, on `ranks` ranks.
 
-    `folder` holds the token files: `tokens.npy` in the corpus's order and `ordered.npy` in the order of the steps,
-    both uint16 [samples, context + 1].
+    `folder` holds the data: `tokens.bin`, uint16, of which sample i is the context + 1 tokens from i x context on, and
+    `ordered.npy`, uint16 [samples, context + 1], the same samples in the order of the steps.
     """
 
     precision: str
@@ -36,7 +36,9 @@ class Case:
     folder: str = ""
 
     def __str__(self) -> str:
-        return f"{self.precision} batch={self.batch}" + (f" on {self.ranks} {self.device}" if self.device != "cpu" else "")
+        return f"{self.precision} batch={self.batch}" + (
+            f" on {self.ranks} {self.device}" if self.device != "cpu" else ""
+        )
 
     @property
     def global_batch(self) -> int:
@@ -51,27 +53,26 @@ class Case:
         return cls(**json.loads(os.environ[CASE]))
 
     def write_tokens(self, steps: int) -> None:
-        """Write the two token files with enough samples for `steps` steps: the same tokens for the same case."""
+        """Write both files with the samples of `steps` steps: the same tokens for the same case."""
         samples = steps * self.global_batch
-        tokens = pseudo_text(samples, self.context + 1, self.vocab, self.seed)
-        np.save(Path(self.folder) / "tokens.npy", tokens)
-        np.save(Path(self.folder) / "ordered.npy", tokens[order(samples, self.seed)])
+        tokens = pseudo_text(samples * self.context + 1, self.vocab, self.seed)
+        tokens.tofile(Path(self.folder) / "tokens.bin")
+        windows = np.lib.stride_tricks.sliding_window_view(tokens, self.context + 1)[:: self.context]
+        np.save(Path(self.folder) / "ordered.npy", windows[order(samples, self.seed)])
 
 
-def pseudo_text(samples: int, length: int, vocab: int, seed: int) -> np.ndarray:
-    """[samples, length] uint16: words by Zipf's law, each drawn near its predecessor half of the time, so it can be learned."""
+def pseudo_text(length: int, vocab: int, seed: int) -> npt.NDArray[np.uint16]:
+    """`length` tokens by Zipf's law, of which half follow from the one before: there is something to learn in it."""
     draw = np.random.default_rng(seed)
-    fresh = (draw.zipf(1.3, (samples, length)) - 1) % vocab
-    near = draw.random((samples, length)) < 0.5
+    fresh = (draw.zipf(1.3, length) - 1) % vocab
+    follows = draw.random(length) < 0.5
     tokens = fresh.copy()
-    for column in range(1, length):
-        follow = (tokens[:, column - 1] * 7 + 3 + fresh[:, column] % 4) % vocab
-        tokens[:, column] = np.where(near[:, column], follow, fresh[:, column])
+    tokens[1:] = np.where(follows[1:], (fresh[:-1] * 7 + 3) % vocab, fresh[1:])
     return tokens.astype(np.uint16)
 
 
-def order(samples: int, seed: int) -> np.ndarray:
+def order(samples: int, seed: int) -> npt.NDArray[np.int64]:
     """Which sample is at which position, as shardwise orders them: peers read a file that is laid out so."""
-    from shardwise.data.order import sample_index
+    from shardwise.data.order import sample_indices
 
-    return np.array([int(sample_index(position, samples, seed)) for position in range(samples)])
+    return sample_indices(np.arange(samples), samples, seed)

@@ -14,7 +14,7 @@ PROBE = "import torch; print(torch.cuda.get_device_name(0) if torch.cuda.is_avai
 
 
 def describe() -> dict[str, Any]:
-    """`{"cpu", "cores", "memory_bytes", "torch", "device", "load_average"}`; `device` is None without an accelerator."""
+    """`{"cpu", "cores", "memory_bytes", "torch", "device", "load_average"}`; `device` is None without a GPU."""
     return {
         "cpu": cpu_model(),
         "cores": cores(),

@@ -63,7 +63,7 @@ def write(path: str | os.PathLike[str], document: dict[str, Any]) -> None:
 
 def table(rows: Sequence[Row]) -> str:
     """Aligned lines for the terminal, one a row, grouped as they come."""
-    lines = [("case", "system", "metric", "median", "range or interval", "target", "")]
+    lines: list[tuple[str, ...]] = [("case", "system", "metric", "median", "range or interval", "target", "")]
     lines += [_cells(each) for each in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(7)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from shardwise.models.gpt import GPT
-from shardwise.models.losses import next_token_loss
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from bench.case import Case
+from shardwise.models.gpt import GPT
+from shardwise.models.losses import next_token_loss
 
 # What DDP's documentation recommends where it applies: gradients that are views of the buckets, and no broadcast of
 # buffers that never change. Every peer that is built on DDP gets it.
-DDP_OPTIONS = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
+DDP_OPTIONS: dict[str, Any] = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
 
 
 class Tokens(Dataset[dict[str, Tensor]]):

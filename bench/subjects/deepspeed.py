@@ -21,6 +21,7 @@ def main() -> None:
     config = {
         "train_micro_batch_size_per_gpu": case.batch,
         "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,  # it would clip to a norm of 1 by default
         "zero_optimization": {"stage": 0},
         "torch_autocast": {"enabled": case.precision != "float32", "dtype": "bfloat16"},
     }

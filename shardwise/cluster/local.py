@@ -9,13 +9,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from shardwise.cluster import zygote as wire
-from shardwise.cluster.process import START_LIMIT_S, Exit, Process, Starter, request
+from shardwise.cluster.process import START_LIMIT_S, Exit, Process, Starter, request, wait_for
+from shardwise.cluster.ranks import RankExits, run_ranks
 from shardwise.errors import ClusterError
 
 PRELOAD = ("torch", "torch.distributed", "numpy", "safetensors.torch")
@@ -41,6 +42,7 @@ class Zygote:
         self._channel = channel
         self._exits: list[Exit] = []
         self._live: set[int] = set()
+        self._failure = ""
         self.ready_s: float | None = None
 
     @staticmethod
@@ -55,15 +57,18 @@ class Zygote:
 
             return Spawner()
         if not sys.executable:
-            raise ClusterError("sys.executable is empty, so no Python can be started. Run Shardwise from a normal Python.")
+            raise ClusterError(
+                "sys.executable is empty, so no Python can be started. Run Shardwise from a normal Python."
+            )
         ours, theirs = socket.socketpair()
         # -P and the explicit path: a file named random.py in the working directory must not shadow the library.
-        code = f"import sys; sys.path.insert(0, {_ROOT!r}); from shardwise.cluster.zygote import main; main({theirs.fileno()})"
+        fd = theirs.fileno()
+        code = f"import sys; sys.path.insert(0, {_ROOT!r}); from shardwise.cluster.zygote import main; main({fd})"
         with theirs:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-c", code],
                 stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
+                pass_fds=(fd,),
                 start_new_session=True,
             )
         started = Zygote(process, ours)
@@ -96,7 +101,9 @@ class Zygote:
         while True:
             reply = self._next(limit - time.monotonic())
             if reply is None:
-                raise ClusterError(f"the zygote (pid {self.pid}) did not fork within {_FRAME_LIMIT_S:.0f} s. Is it stopped?")
+                raise ClusterError(
+                    f"the zygote (pid {self.pid}) did not fork within {_FRAME_LIMIT_S:.0f} s. Is it stopped?"
+                )
             if reply["event"] == "refused":
                 raise ClusterError(f"cannot start a rank: {reply['why']}.")
             if reply["event"] == "forked":
@@ -105,14 +112,12 @@ class Zygote:
 
     def wait_ready(self, timeout_s: float = START_LIMIT_S) -> None:
         """Wait for the imports; `ready_s` then holds how long they took. Raises ClusterError where one failed."""
-        if self.ready_s is not None:
-            return
-        reply = self._next(timeout_s)
-        if reply is None:
-            raise ClusterError(f"the zygote (pid {self.pid}) did not finish its imports within {timeout_s:.0f} s.")
-        if reply["failure"]:
-            raise ClusterError(f"cannot start ranks: {reply['failure']}. Install or repair that package.")
-        self.ready_s = reply["seconds"]
+        limit = time.monotonic() + timeout_s
+        while self.ready_s is None:
+            if self._next(limit - time.monotonic()) is None:
+                raise ClusterError(f"the zygote (pid {self.pid}) did not finish its imports within {timeout_s:.0f} s.")
+        if self._failure:
+            raise ClusterError(f"cannot start ranks: {self._failure}. Install or repair that package.")
 
     def wait(self, timeout_s: float) -> list[Exit]:
         """See `Starter.wait`."""
@@ -121,8 +126,13 @@ class Zygote:
             continue
         while not self._exits and (left := limit - time.monotonic()) > 0:
             self._next(left)
-        ended, self._exits = self._exits, []
+        ended = list(self._exits)
+        self._exits.clear()  # in place: `wait_for` keeps others' ends in it
         return ended
+
+    def wait_for(self, pid: int, timeout_s: float) -> int:
+        """See `Starter.wait_for`."""
+        return wait_for(self, pid, timeout_s, self._exits)
 
     def signal(self, pid: int, number: int) -> None:
         """See `Starter.signal`. The zygote sends it: it alone knows that the number has not been given to another."""
@@ -147,7 +157,7 @@ class Zygote:
             raise self._died() from None
 
     def _next(self, timeout_s: float) -> dict[str, Any] | None:
-        """The next frame within `timeout_s`, else None; an exit is queued as well."""
+        """The next frame within `timeout_s`, else None; what an exit or the imports' end says is kept as well."""
         if not select.select([self._channel], [], [], max(0.0, timeout_s))[0]:
             return None
         self._channel.settimeout(_FRAME_LIMIT_S)
@@ -157,6 +167,8 @@ class Zygote:
         if frame["event"] == "exit":
             self._live.discard(frame["pid"])
             self._exits.append(Exit(frame["pid"], frame["status"]))
+        elif frame["event"] == "ready":
+            self.ready_s, self._failure = frame["seconds"], frame["failure"]
         return frame
 
     def _died(self) -> ClusterError:
@@ -172,3 +184,32 @@ class Zygote:
                 "look in the kernel's log for a lack of memory, and start the command again."
             )
         return ClusterError(f"the zygote (pid {self.pid}) closed its connection. Start the command again.")
+
+
+class LocalLauncher:
+    """Ranks as processes of this host."""
+
+    def __init__(self, starter: Starter) -> None:
+        self.starter = starter
+
+    @staticmethod
+    def start(preload: Sequence[str] = PRELOAD, *, method: Method | None = None) -> LocalLauncher:
+        """See `Zygote.start`."""
+        return LocalLauncher(Zygote.start(preload, method=method))
+
+    def run(
+        self,
+        entry: str,
+        args_of_rank: Callable[[int], Mapping[str, Any]],
+        ranks: int,
+        *,
+        logs: Path,
+        on_poll: Callable[[], None] = lambda: None,
+        grace_s: float = 5.0,
+    ) -> RankExits:
+        """See `Launcher.run` and `run_ranks`."""
+        return run_ranks(self.starter, entry, args_of_rank, ranks, logs=logs, on_poll=on_poll, grace_s=grace_s)
+
+    def close(self) -> None:
+        """See `Launcher.close`."""
+        self.starter.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -53,6 +54,10 @@ class Starter(Protocol):
         """The processes that ended since the last call; waits at most `timeout_s` seconds for the first."""
         ...
 
+    def wait_for(self, pid: int, timeout_s: float) -> int:
+        """The exit status of one process; others' ends are kept for `wait`. Raises ClusterError after `timeout_s`."""
+        ...
+
     def signal(self, pid: int, number: int) -> None:
         """Send a signal to a process of this Starter; no effect on one that has ended."""
         ...
@@ -60,6 +65,23 @@ class Starter(Protocol):
     def close(self) -> None:
         """Kill every process that still runs, and release what this holds. May be called twice."""
         ...
+
+
+def wait_for(starter: Starter, pid: int, timeout_s: float, keep: list[Exit]) -> int:
+    """`Starter.wait_for` in terms of `Starter.wait`: exits of other processes go to `keep`."""
+    limit = time.monotonic() + timeout_s
+    status: int | None = None
+    others: list[Exit] = []
+    while status is None and (left := limit - time.monotonic()) > 0:
+        for ended in starter.wait(left):
+            if ended.pid == pid:
+                status = ended.status
+            else:
+                others.append(ended)
+    keep += others
+    if status is None:
+        raise ClusterError(f"process {pid} has not ended within {timeout_s:.0f} s.")
+    return status
 
 
 def request(

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from shardwise.cluster.process import Exit, Process, request
+from shardwise.cluster.process import Exit, Process, request, wait_for
 from shardwise.errors import ClusterError
 
 _ROOT = str(Path(__file__).resolve().parents[2])
@@ -27,6 +27,7 @@ class Spawner:
 
     def __init__(self) -> None:
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._exits: list[Exit] = []
 
     def fork(
         self,
@@ -65,13 +66,21 @@ class Spawner:
         """See `Starter.wait`."""
         limit = time.monotonic() + timeout_s
         while True:
-            ended = [Exit(pid, status) for pid in self._processes if (status := self._ended(pid)) is not None]
-            for pid, _ in ended:
-                self._forget(pid)
+            ended = list(self._exits)
+            self._exits.clear()  # in place: `wait_for` keeps others' ends in it
+            for pid in list(self._processes):
+                status = self._ended(pid)
+                if status is not None:
+                    ended.append(Exit(pid, status))
+                    self._forget(pid)
             left = limit - time.monotonic()
             if ended or left <= 0:
                 return ended
             time.sleep(min(_POLL_S, left))
+
+    def wait_for(self, pid: int, timeout_s: float) -> int:
+        """See `Starter.wait_for`."""
+        return wait_for(self, pid, timeout_s, self._exits)
 
     def signal(self, pid: int, number: int) -> None:
         """See `Starter.signal`."""
@@ -87,13 +96,12 @@ class Spawner:
             self._forget(pid)
 
     def _ended(self, pid: int) -> int | None:
-        """The exit status if the process has ended; what is left of its group is killed before its number is free."""
-        with suppress(ChildProcessError):
-            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-                return None
+        """The exit status if the process has ended; what is left of its group is killed too."""
+        status = self._processes[pid].poll()
+        if status is not None:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)
-        return self._processes[pid].wait(_CLOSE_LIMIT_S)
+        return status
 
     def _forget(self, pid: int) -> None:
         process = self._processes.pop(pid)

@@ -1,4 +1,4 @@
-"""The main function of a spawned process: reads its request from standard input, which also tells of the parent's death."""
+"""The main function of a spawned process: its request comes on standard input, whose end means the parent's death."""
 
 from __future__ import annotations
 

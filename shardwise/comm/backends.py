@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import stat
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -27,10 +28,8 @@ def gloo(store: dist.Store, rank: int, size: int, *, timeout_s: float, host: str
     Raises CommError when the ranks do not find each other within `timeout_s` seconds.
     """
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    device = dist.ProcessGroupGloo.create_default_device()
-    if host is not None:
-        device = dist.ProcessGroupGloo.create_device(hostname=host)
-    options._devices = [device]
+    make = dist.ProcessGroupGloo
+    options._devices = [make.create_device(hostname=host) if host is not None else make.create_default_device()]
     options._threads = threads
     options._timeout = timedelta(seconds=timeout_s)
     before = _connected()
@@ -78,9 +77,11 @@ def _connected() -> set[tuple[int, int]]:
     for name in os.listdir("/dev/fd"):
         with contextlib.suppress(OSError, ValueError):
             descriptor = int(name)
-            inode = os.fstat(descriptor).st_ino
+            about = os.fstat(descriptor)
+            if not stat.S_ISSOCK(about.st_mode):
+                continue
             with socket.socket(fileno=os.dup(descriptor)) as candidate:
                 if candidate.type == socket.SOCK_STREAM:
                     candidate.getpeername()
-                    found.add((descriptor, inode))
+                    found.add((descriptor, about.st_ino))
     return found

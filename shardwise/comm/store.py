@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from datetime import timedelta
 
@@ -43,6 +44,7 @@ def open_store(
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error of torch, which often carries a C++ trace, ended by a full stop."""
-    line = (str(error).splitlines() or [type(error).__name__])[0].strip()
+    """The first sentence of an error of torch, without the C++ source line and trace that it often carries."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    line = re.sub(r"^\[[^\]]*:\d+\] ", "", line).split(". ")[0].strip()
     return line if line.endswith(".") else line + "."

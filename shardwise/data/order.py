@@ -1,8 +1,8 @@
 """Which sample is in which step: a pure function of the seed and the step, the same for any number of ranks.
 
-    position = step * global_batch + i        the i-th sample of a step, counted over the whole run
-    epoch, offset = divmod(position, n)       epochs follow each other without a gap; a step may straddle two
-    sample = permutation[seed, epoch](offset) pseudo-random, computed, never stored
+position = step * global_batch + i        the i-th sample of a step, counted over the whole run
+epoch, offset = divmod(position, n)       epochs follow each other without a gap; a step may straddle two
+sample = permutation[seed, epoch](offset) pseudo-random, computed, never stored
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def sample_indices(positions: npt.ArrayLike, n: int, seed: int) -> Ints:
     """
     if n < 1:
         raise ValueError(f"n={n}: an order needs at least one sample.")
-    where = np.asarray(positions, dtype=np.int64)
+    shape = np.shape(positions)
+    where = np.asarray(positions, dtype=np.int64).ravel()
     epochs, offsets = np.divmod(where, n)
     keys = _chain(_as_words(seed, where.shape), epochs.astype(np.uint64))
     side = math.isqrt(n - 1) + 1
@@ -44,7 +45,7 @@ def sample_indices(positions: npt.ArrayLike, n: int, seed: int) -> Ints:
     while outside.size:
         found[outside] = _feistel(found[outside], keys[outside], side, other)
         outside = outside[found[outside] >= np.uint64(n)]
-    return found.astype(np.int64)
+    return found.astype(np.int64).reshape(shape)
 
 
 def rank_slice(global_batch: int, ranks: int, rank: int) -> range:
@@ -64,10 +65,10 @@ def shards_of(rank: int, ranks: int, shards: int) -> range:
 
 def stream_seed(seed: int, *numbers: int) -> int:
     """A seed in 0..2**63-1 for the random stream named by `numbers`; equal names give equal seeds anywhere."""
-    state = _as_words(seed, (1,))
+    state = seed & _MASK
     for number in numbers:
-        state = _chain(state, _as_words(number, (1,)))
-    return int(state[0] >> np.uint64(1))
+        state = _hash(state ^ _hash(number & _MASK))
+    return state >> 1
 
 
 def stream_seeds(seed: int, positions: npt.ArrayLike) -> Ints:
@@ -82,6 +83,14 @@ def hash_words(words: _Words) -> _Words:
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))
+
+
+def _hash(word: int) -> int:
+    """`hash_words` of one Python integer: numpy's cost a call is twenty times this."""
+    word = (word + _GOLDEN) & _MASK
+    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _MASK
+    return word ^ (word >> 31)
 
 
 def _block(total: int, parts: int, part: int) -> range:

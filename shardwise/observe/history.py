@@ -62,6 +62,12 @@ def committed(found: Sequence[Event], name: str = "step") -> list[Event]:
     return [kept[step] for step in sorted(kept)]
 
 
+def since_start(found: Sequence[Event]) -> Sequence[Event]:
+    """The events from the last `run_started` on: a resumed run's file also holds what was before it."""
+    starts = [index for index, event in enumerate(found) if event["event"] == "run_started"]
+    return found[starts[-1] :] if starts else found
+
+
 def number(event: Event, key: str) -> float | None:
     """The field as a float (NaN and infinity included), or None when it is missing or is no number."""
     value = event.get(key)

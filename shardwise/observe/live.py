@@ -10,8 +10,9 @@ from types import TracebackType
 from typing import IO, Self
 
 from shardwise.events import Event
-from shardwise.observe.history import decode
+from shardwise.observe.history import decode, since_start
 from shardwise.observe.narrate import Narrator, Status, printable
+from shardwise.observe.summary import job_record, parameters_of
 from shardwise.observe.text import figure
 
 REFRESH_S = 0.1
@@ -48,8 +49,8 @@ class Follow:
 class Tail:
     """The events added to a run's `events.jsonl` since the last poll."""
 
-    def __init__(self, path: str | os.PathLike[str], *, skip_existing: bool = False) -> None:
-        self._follow = Follow(path, skip_existing=skip_existing)
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._follow = Follow(path)
 
     def poll(self) -> list[Event]:
         """New events, oldest first; lines that are no event are dropped."""
@@ -59,30 +60,31 @@ class Tail:
 class Display:
     """Shows one run. Call `poll` as often as you like, `close` once (or use it in a `with` block); it starts no thread.
 
-    `run` is the run folder, `of_steps` the job's number of steps. With `skip_existing` it begins after what the files
-    hold now: for a run that is about to be resumed. `out` is a terminal, or any text stream, which then gets plain
-    lines without control characters that depend on nothing but the events and the log.
+    `run` is the run folder, `of_steps` the job's number of steps. It begins with the last `run_started` that is there
+    at the first poll, and with what rank 0 prints from now on. `out` is a terminal, or any text stream, which then
+    gets plain lines without control characters that depend on nothing but the events and the log.
     """
 
-    def __init__(
-        self, run: Path, *, of_steps: int | None = None, out: IO[str] | None = None, skip_existing: bool = False
-    ) -> None:
-        self.out = sys.stdout if out is None else out
-        self.narrator = Narrator(str(run), of_steps)
-        self.tail = Tail(run / "events.jsonl", skip_existing=skip_existing)
-        self.log = Follow(run / "logs" / "rank-0.log", skip_existing=skip_existing)
+    def __init__(self, run: Path, *, of_steps: int | None = None, out: IO[str] | None = None) -> None:
+        self.out: IO[str] = sys.stdout if out is None else out
+        self.narrator = Narrator(str(run), of_steps, parameters_of(job_record(run)))
+        self.tail = Tail(run / "events.jsonl")
+        self.log = Follow(run / "logs" / "rank-0.log", skip_existing=True)
+        self._begun = False
         self.bar = Bar(self.out) if self.out.isatty() else None
 
     def poll(self) -> None:
         """Read what is new and show it."""
         for line in self.log.lines():
             self._print(printable(line))
-        for event in self.tail.poll():
-            for text in self.narrator.hear(event):
+        events = self.tail.poll()
+        if not self._begun:
+            events = list(since_start(events))
+            self._begun = bool(events)
+        for event in events:
+            lines = self.narrator.hear(event)
+            for text in lines if self.bar is None or event["event"] != "step" else ():
                 self._print(text)
-            if self.bar is None and event["event"] == "step":
-                for text in self.narrator.due():
-                    self._print(text)
         if self.bar is None:
             self.out.flush()
         else:
@@ -104,7 +106,8 @@ class Display:
 
     def _print(self, text: str) -> None:
         if self.bar is None:
-            self.out.write(text + "\n")
+            encoding = getattr(self.out, "encoding", None) or "utf-8"
+            self.out.write(text.encode(encoding, "replace").decode(encoding) + "\n")
         else:
             self.bar.print(text)
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 from msgspec import Struct
 
 from shardwise.events import Event
 from shardwise.observe.history import amount, finite, number, whole, word
-from shardwise.observe.summary import PARTS, evaluation_of, facts_of, step_parts, warning_text
-from shardwise.observe.text import evaluation_text, facts_text, figure, labelled, percent, plural
+from shardwise.observe.summary import PARTS, evaluation_of, facts_of, step_parts, tokens, warning_text
+from shardwise.observe.text import evaluation_words, facts_text, figure, labelled, parameters_text, percent, plural
 from shardwise.spec.plan import Prediction
 from shardwise.units import format_bytes, format_count, format_seconds
 
@@ -34,9 +36,10 @@ class Status(Struct, frozen=True, kw_only=True):
 class Narrator:
     """Turns events into lines and a Status. `of_steps` is how many steps the job asks for, if known."""
 
-    def __init__(self, run: str, of_steps: int | None = None) -> None:
+    def __init__(self, run: str, of_steps: int | None = None, parameters: Mapping[str, Any] | None = None) -> None:
         self.run = run
         self.of_steps = of_steps
+        self.parameters = parameters or {}
         self.facts: dict[str, object] = {}
         self._window: deque[Event] = deque(maxlen=WINDOW_STEPS)
         self._first: tuple[float, int] | None = None  # time and number of the first step since the start or resumption
@@ -45,7 +48,7 @@ class Narrator:
         self._ranks: int | None = None
 
     def hear(self, event: Event) -> list[str]:
-        """The lines to print for this event, at once; most steps have none (see `due`)."""
+        """The lines to print for this event; of steps: the first, the last, one every EVERY_S of their own clock."""
         match event["event"]:
             case "run_started":
                 return self._started(event)
@@ -55,13 +58,13 @@ class Narrator:
             case "rank_ready":
                 return self._rank_ready(event)
             case "step":
-                self._step(event)
-                return []
+                return self._step(event)
             case "evaluation":
-                return labelled([("held out", f"{evaluation_text(evaluation_of(event), self.facts)}{_took(event)}")])
+                words = evaluation_words(evaluation_of(event), {})
+                return labelled([("held out", "   ".join((self._of(event), *words)) + _took(event))])
             case "checkpoint_saved":
                 size = format_bytes(amount(event, "bytes"))
-                return labelled([("saved", f"step {whole(event, 'step')}, {size}{_took(event)}")])
+                return labelled([("saved", f"{self._of(event)}   {size}{_took(event)}")])
             case "resumed":
                 ranks = whole(event, "from_ranks")
                 written = f", written by {plural(ranks, 'rank')}" if ranks else ""
@@ -71,19 +74,6 @@ class Narrator:
                     [(word(event, "status") or "finished", f"at step {whole(event, 'step')}{_took(event)}")]
                 )
         return labelled([("warning", warning_text(event))])
-
-    def due(self) -> list[str]:
-        """The step line, if one is due: the first step, the last, and one every EVERY_S seconds of the run's own clock."""
-        if not self._window:
-            return []
-        event = self._window[-1]
-        at = finite(event, "t")
-        last = self.of_steps is not None and whole(event, "step") == self.of_steps
-        waited = self._said_t is None or at is None or not self._said_t <= at < self._said_t + EVERY_S
-        if not (waited or last) or self._said_t == (at or 0.0):
-            return []
-        self._said_t = at or 0.0
-        return [step_line(self.status())]
 
     def status(self) -> Status:
         """Where the run stands after the last step event."""
@@ -103,7 +93,7 @@ class Narrator:
         self._window.clear()
         ranks = f"on {plural(self._ranks, 'rank')}" if self._ranks else ""
         plan = "   ".join(filter(None, (word(event, "plan"), ranks)))
-        job = word(event, "job")
+        job = "   ".join(filter(None, (word(event, "job"), parameters_text(self.parameters))))
         return labelled([("run", self.run), ("job", job), ("plan", plan), ("predicted", self._predicted(event))])
 
     def _predicted(self, event: Event) -> str:
@@ -126,23 +116,29 @@ class Narrator:
             return []
         return labelled([("ranks", f"{self._ready} ready{_took(event)}")])
 
-    def _step(self, event: Event) -> None:
-        at, step = finite(event, "t"), whole(event, "step")
+    def _step(self, event: Event) -> list[str]:
+        step = whole(event, "step")
         if step is None:
-            return
-        if self._first is None and at is not None:
-            self._first = (at, step)
+            return []
+        at = finite(event, "t") or 0.0
+        self._first = self._first or (at, step)
         self._window.append(event)
+        fresh = self._said_t is not None and self._said_t <= at < self._said_t + EVERY_S
+        if fresh and step != self.of_steps:
+            return []
+        self._said_t = at
+        return [step_line(self.status())]
 
     def _rate(self) -> str:
         seconds = sum(amount(event, "seconds") for event in self._window)
         if not seconds:
             return ""
-        for what in ("tokens", "samples"):
-            total = sum(amount(event, what) for event in self._window)
-            if total:
-                return f"{format_count(total / seconds)} {what}/s"
-        return ""
+        text = "tokens" in self.facts
+        counts = {
+            "tokens": sum(tokens(event, text=text) for event in self._window),
+            "samples": sum(amount(event, "samples") for event in self._window),
+        }
+        return next((f"{format_count(count / seconds)} {what}/s" for what, count in counts.items() if count), "")
 
     def _shares(self) -> str:
         totals = dict.fromkeys(PARTS, 0.0)
@@ -161,7 +157,11 @@ class Narrator:
             return ""
         first_t, first_step = self._first
         each_s = (at - first_t) / (step - first_step) if step > first_step else amount(event, "seconds")
-        return format_seconds(round(max(0.0, each_s * (self.of_steps - step)))) if step < self.of_steps else ""
+        left_s = round(max(0.0, each_s * (self.of_steps - step)))
+        return "" if step >= self.of_steps else f"{left_s} s" if left_s < 60 else format_seconds(left_s)
+
+    def _of(self, event: Event) -> str:
+        return progress_text(whole(event, "step") or 0, self.of_steps)
 
 
 def step_line(status: Status) -> str:
@@ -171,6 +171,11 @@ def step_line(status: Status) -> str:
     )
     words = (f"loss {figure(status.loss)}", status.rate, status.shares, f"{status.left} left" if status.left else "")
     return labelled([("step", "   ".join(filter(None, (done, *words))))])[0]
+
+
+def progress_text(step: int, of_steps: int | None) -> str:
+    """` 42/400`."""
+    return str(step) if of_steps is None else f"{step:>{len(str(of_steps))}}/{of_steps}"
 
 
 def printable(line: bytes) -> str:

@@ -21,19 +21,21 @@ from shardwise.spec.plan import Plan, Prediction
 from shardwise.spec.profile import ModelProfile
 
 T = TypeVar("T")
+CURVE_POINTS = 24
 PARTS = ("compute", "communicate", "wait", "optimizer", "other")  # of a step; `wait` is for data
-PART_OF_PREDICTION = {"comm": "communicate", "communication": "communicate", "data": "wait"}
+PART_OF_PREDICTION = {"forward": "compute", "backward": "compute", "communication": "communicate"}
 NOT_METRICS = ("t", "event", "step", "loss", "perplexity", "seconds", "weight")
 FIELD_OF_PART = {"compute": "compute_s", "communicate": "comm_s", "wait": "wait_s", "optimizer": "optimizer_s"}
 
 
 class Loss(Struct, frozen=True, kw_only=True):
-    """Training loss of the first and last step and the lowest finite one with its step."""
+    """Training loss of the first and last step, the lowest with its step, and means over equal parts of the run."""
 
     first: float | None = None
     last: float | None = None
     best: float | None = None
     best_step: int | None = None
+    curve: tuple[float, ...] = ()
 
 
 class Evaluation(Struct, frozen=True, kw_only=True):
@@ -73,15 +75,19 @@ class Checkpoint(Struct, frozen=True, kw_only=True):
 
 
 class Summary(Struct, frozen=True, kw_only=True):
-    """What `shardwise show` prints. Seconds, bytes; shares sum to 1. None or empty: the run did not record it."""
+    """What `shardwise show` prints. `step` counts finished steps; sizes in bytes; the shares in `time` sum to 1.
+
+    None or empty: the run did not record it.
+    """
 
     path: str
     run: str
     status: str
     job: str
+    parameters: dict[str, Any]
     plan: str
     ranks: int | None
-    steps: int
+    step: int
     of_steps: int | None
     seconds: float
     silent_s: float | None
@@ -142,20 +148,22 @@ def summarise(
     steps = committed(found)
     started = (named(found, "run_started") or [{}])[-1]
     state = runs.status(list(found))
-    rate = _rate(steps, plan, cluster, profile)
+    facts = facts_of((named(found, "data_ready") or [{}])[-1])
+    rate = _rate(steps, plan, cluster, profile, text="tokens" in facts)
     memory = _peak_bytes(found)
     return Summary(
         path=str(run),
         run=word(started, "run") or run.name,
         status=state,
-        job=word(started, "job") or word(dict(job or {}), "name"),
+        job=word(started, "job"),
+        parameters=parameters_of(job or {}),
         plan=str(plan) if plan else word(started, "plan"),
         ranks=whole(started, "ranks") or (plan.ranks if plan else None),
-        steps=whole(steps[-1], "step") or 0 if steps else 0,
+        step=whole(steps[-1], "step") or 0 if steps else 0,
         of_steps=whole(started, "steps"),
         seconds=_wall_seconds(found),
         silent_s=_silent_s(found, now) if state == "running" else None,
-        facts=facts_of((named(found, "data_ready") or [{}])[-1]),
+        facts=facts,
         loss=_loss(steps),
         evaluation=_evaluation(found),
         rate=rate,
@@ -180,6 +188,17 @@ def job_record(run: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def parameters_of(job: Mapping[str, Any]) -> dict[str, Any]:
+    """The resolved parameters in a `job.json`."""
+    found = job.get("parameters")
+    return {str(name): value for name, value in found.items()} if isinstance(found, Mapping) else {}
+
+
+def tokens(event: Event, *, text: bool) -> float:
+    """Tokens of a step: its own count, or on text the loss's weight, which counts the tokens that were predicted."""
+    return amount(event, "tokens") or (amount(event, "weight") if text else 0.0)
+
+
 def step_parts(event: Event) -> dict[str, float]:
     """Seconds of one step by part, in the order of PARTS; `other` is what no measurement claimed."""
     parts = {part: amount(event, key) for part, key in FIELD_OF_PART.items()}
@@ -201,7 +220,15 @@ def _loss(steps: Sequence[Event]) -> Loss:
         return Loss()
     losses = [(value, whole(step, "step")) for step in steps if (value := finite(step, "loss")) is not None]
     best, best_step = min(losses, key=lambda pair: pair[0], default=(None, None))
-    return Loss(first=number(steps[0], "loss"), last=number(steps[-1], "loss"), best=best, best_step=best_step)
+    size = -(-len(losses) // CURVE_POINTS) or 1
+    cut = [losses[start : start + size] for start in range(0, len(losses), size)]
+    return Loss(
+        first=number(steps[0], "loss"),
+        last=number(steps[-1], "loss"),
+        best=best,
+        best_step=best_step,
+        curve=tuple(statistics.fmean(value for value, _ in part) for part in cut),
+    )
 
 
 def _evaluation(found: Sequence[Event]) -> Evaluation | None:
@@ -220,16 +247,27 @@ def evaluation_of(event: Event) -> Evaluation:
     )
 
 
-def _rate(steps: Sequence[Event], plan: Plan | None, cluster: Cluster | None, profile: ModelProfile | None) -> Rate:
+def _rate(
+    steps: Sequence[Event],
+    plan: Plan | None,
+    cluster: Cluster | None,
+    profile: ModelProfile | None,
+    *,
+    text: bool,
+) -> Rate:
     """Totals over total seconds; the FLOPs of a step are three forward passes (Narayanan et al. 2021, section 5.1)."""
     warm = [step for step in (steps[1:] or steps) if amount(step, "seconds") > 0]
     seconds = sum(amount(step, "seconds") for step in warm)
     if not seconds:
         return Rate()
     samples_s = sum(amount(step, "samples") for step in warm) / seconds
-    tokens_s = sum(amount(step, "tokens") for step in warm) / seconds
+    tokens_s = sum(tokens(step, text=text) for step in warm) / seconds
     dtype = plan.precision if plan else "float32"
-    peak = sum(device.peak_flops.get(dtype, 0.0) for device in cluster.devices) if cluster else 0.0
+    peak = (
+        sum(device.peak_flops.get(dtype) or device.peak_flops.get("float32", 0.0) for device in cluster.devices)
+        if cluster
+        else 0.0
+    )
     flops = 3 * profile.forward_flops * samples_s if profile else 0.0
     return Rate(
         step_s=statistics.median(amount(step, "seconds") for step in warm),
@@ -296,7 +334,7 @@ def _peak_bytes(found: Sequence[Event]) -> dict[int, int]:
 
 def _prediction(started: Event, plan: Plan | None) -> Prediction | None:
     try:
-        given = msgspec.convert(started.get("predicted"), Prediction)
+        given: Prediction | None = msgspec.convert(started.get("predicted"), Prediction)
     except msgspec.ValidationError:
         given = plan.predicted if plan else None
     return given if given and all(map(math.isfinite, (given.step_s, *given.parts_s.values()))) else None
@@ -311,14 +349,21 @@ def _compared(
     if rate.step_s is not None:
         rows.append(Compared(name="step", unit="s", predicted=predicted.step_s, measured=rate.step_s))
         measured = _median_parts(steps[1:] or steps)
-        for name, seconds in predicted.parts_s.items():
-            part = PART_OF_PREDICTION.get(name, name)
+        for part, seconds in _predicted_parts(predicted).items():
             if part in measured:
                 rows.append(Compared(name=part, unit="s", predicted=seconds, measured=measured[part]))
     if memory:
         peak = max(memory.values())
         rows.append(Compared(name="peak memory", unit="bytes", predicted=predicted.peak_bytes, measured=peak))
     return tuple(rows)
+
+
+def _predicted_parts(predicted: Prediction) -> dict[str, float]:
+    parts: dict[str, float] = {}
+    for name, seconds in predicted.parts_s.items():
+        part = PART_OF_PREDICTION.get(name, name)
+        parts[part] = parts.get(part, 0.0) + seconds
+    return parts
 
 
 def _median_parts(steps: Sequence[Event]) -> dict[str, float]:
@@ -358,18 +403,21 @@ def warning_text(event: Event) -> str:
         case "checkpoint_damaged":
             return f"checkpoint {word(event, 'path')} is damaged: {word(event, 'why')}"
         case "non_finite":
-            return f"{word(event, 'kind') or 'loss'} not finite in step {at}, samples {word(event, 'samples')}"
+            return f"loss or gradient not finite in step {at}, samples {_samples(event)}"
         case "early_stop":
-            best = f" (best {_short(event, 'best')})"
-            return f"stopped early at step {at}: {word(event, 'metric')} {_short(event, 'value')}{best}"
+            best = whole(event, "best_step")
+            since = "" if best is None else f" since step {best}"
+            return f"stopped early at step {at}: {word(event, 'metric')} has not improved{since}"
     return ""
 
 
+def _samples(event: Event) -> str:
+    samples = event.get("samples")
+    if not isinstance(samples, list):
+        return "not recorded"
+    return ", ".join(map(str, samples[:8])) + (", ..." if len(samples) > 8 else "")
+
+
 def _failure(found: Sequence[Event]) -> str:
-    event = named(found, "run_failed")[-1]
+    event = (named(found, "run_failed") or [{}])[-1]
     return word(event, "message") or word(event, "kind") or "no reason was recorded"
-
-
-def _short(event: Event, key: str) -> str:
-    value = number(event, key)
-    return "none" if value is None else f"{value:.4g}"

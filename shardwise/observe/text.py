@@ -12,12 +12,15 @@ from shardwise.units import format_bytes, format_count, format_seconds
 
 LABEL_WIDTH = 12
 PART_NAMES = {"wait": "wait for data"}
-SHOWN_FACTS = ("tokens", "vocab", "documents", "samples", "classes")
+SHOWN_FACTS = ("tokens", "documents", "samples", "classes")
 
 
-def summary_text(summary: Summary) -> str:
-    """The whole summary, one line a topic; topics that the run did not record are left out."""
-    return "\n".join([*header_lines(summary), "", *outcome_lines(summary)])
+def summary_text(summary: Summary, *, blocks: bool = False) -> str:
+    """The whole summary, one line a topic; topics that the run did not record are left out.
+
+    With `blocks` the loss is also drawn, in Unicode block characters; all else is ASCII.
+    """
+    return "\n".join([*header_lines(summary), "", *outcome_lines(summary, blocks=blocks)])
 
 
 def header_lines(summary: Summary) -> list[str]:
@@ -26,7 +29,7 @@ def header_lines(summary: Summary) -> list[str]:
     return labelled(
         [
             ("run", f"{summary.run}   {state_text(summary)}"),
-            ("job", summary.job),
+            ("job", "   ".join(filter(None, (summary.job, parameters_text(summary.parameters))))),
             ("plan", "   ".join(filter(None, (summary.plan, ranks)))),
             ("data", facts_text(summary.facts)),
             *(("resumed", text) for text in summary.resumed),
@@ -34,13 +37,13 @@ def header_lines(summary: Summary) -> list[str]:
     )
 
 
-def outcome_lines(summary: Summary) -> list[str]:
+def outcome_lines(summary: Summary, *, blocks: bool = False) -> list[str]:
     """What came of it: loss, held-out figures, rate, time, memory, predicted beside measured, checkpoints, warnings."""
     memory = ", ".join(f"rank {rank} {format_bytes(peak)}" for rank, peak in list(summary.peak_bytes.items())[:8])
     lines = labelled(
         [
-            ("loss", loss_text(summary)),
-            ("held out", evaluation_text(summary.evaluation, summary.facts)),
+            ("loss", "   ".join(filter(None, (loss_text(summary), sparkline(summary.loss.curve) if blocks else "")))),
+            ("held out", held_out_text(summary)),
             ("rate", rate_text(summary)),
             ("time", shares_text(summary.time)),
             ("memory", f"peak of {memory}" if memory else ""),
@@ -58,9 +61,14 @@ def outcome_lines(summary: Summary) -> list[str]:
     return [*lines, *([""] if summary.compared else []), *compared_lines(summary.compared)]
 
 
+def parameters_text(parameters: Mapping[str, Any]) -> str:
+    """`lr=0.001 layers=6`, as `--set` takes them."""
+    return " ".join(f"{name}={value}" for name, value in parameters.items())
+
+
 def state_text(summary: Summary) -> str:
     """`finished, 400 steps in 2 min 13 s`."""
-    steps = f"{summary.steps} of {summary.of_steps} steps" if unfinished(summary) else plural(summary.steps, "step")
+    steps = f"{summary.step} of {summary.of_steps} steps" if unfinished(summary) else plural(summary.step, "step")
     spent = f" in {format_seconds(summary.seconds)}" if summary.seconds else ""
     silent = summary.silent_s if summary.silent_s is not None and summary.silent_s >= 60 else None
     quiet = f", silent for {format_seconds(silent)}" if silent else ""
@@ -69,7 +77,7 @@ def state_text(summary: Summary) -> str:
 
 def unfinished(summary: Summary) -> bool:
     """Whether fewer steps were done than the job asked for."""
-    return summary.of_steps is not None and summary.steps < summary.of_steps
+    return summary.of_steps is not None and summary.step < summary.of_steps
 
 
 def loss_text(summary: Summary) -> str:
@@ -78,21 +86,34 @@ def loss_text(summary: Summary) -> str:
         return ""
     best = (
         ""
-        if loss.best is None or loss.best_step == summary.steps
+        if loss.best is None or loss.best_step == summary.step
         else f", best {figure(loss.best)} at step {loss.best_step}"
     )
-    return f"{figure(loss.first)} at first, {figure(loss.last)} at step {summary.steps}{best}"
+    return f"{figure(loss.first)} at first, {figure(loss.last)} at step {summary.step}{best}"
 
 
-def evaluation_text(evaluation: Evaluation | None, facts: Mapping[str, Any]) -> str:
-    """Loss and metrics on held-out data; the perplexity beside those of a unigram and a bigram model of the same data."""
+def sparkline(curve: Sequence[float]) -> str:
+    """One block character a value, low to high; fewer than three values are not worth a picture."""
+    if len(curve) < 3:
+        return ""
+    low, high = min(curve), max(curve)
+    return "".join(chr(0x2581 + round(7 * (value - low) / (high - low) if high > low else 0)) for value in curve)
+
+
+def held_out_text(summary: Summary) -> str:
+    """The last evaluation, its perplexity beside those of a unigram and a bigram model of the same data."""
+    evaluation = summary.evaluation
     if evaluation is None:
         return ""
+    return f"{', '.join(evaluation_words(evaluation, summary.facts))} (step {evaluation.step})"
+
+
+def evaluation_words(evaluation: Evaluation, facts: Mapping[str, Any]) -> list[str]:
+    """`loss 2.739`, `perplexity 15.5 against ...`, and each of the user's metrics."""
     words = [f"loss {figure(evaluation.loss)}"] if evaluation.loss is not None else []
     if evaluation.perplexity is not None:
         words.append(f"perplexity {evaluation.perplexity:.1f}" + _peers_text(evaluation.perplexity, facts))
-    words += [f"{name} {value:.4g}" for name, value in evaluation.metrics.items()]
-    return ", ".join(words) + f" (step {evaluation.step})"
+    return words + [f"{name} {value:.4g}" for name, value in evaluation.metrics.items()]
 
 
 def _peers_text(perplexity: float, facts: Mapping[str, Any]) -> str:
@@ -127,9 +148,12 @@ def checkpoint_text(summary: Summary) -> str:
 
 
 def facts_text(facts: Mapping[str, Any]) -> str:
-    """`4.1 M tokens, 4096 vocab, 1683 documents`: the facts that are counts."""
-    counts = [(name, whole(dict(facts), name)) for name in SHOWN_FACTS]
-    return ", ".join(f"{_count(value)} {name}" for name, value in counts if value is not None)
+    """`4.1 M tokens, 1683 documents, vocab 4096`: the facts that are counts."""
+    known = dict(facts)
+    counts = [(name, whole(known, name)) for name in SHOWN_FACTS]
+    words = [f"{_count(value)} {name}" for name, value in counts if value is not None]
+    vocab = whole(known, "vocab")
+    return ", ".join(words + ([f"vocab {vocab}"] if vocab is not None else []))
 
 
 def compared_lines(compared: Sequence[Compared]) -> list[str]:

@@ -10,7 +10,7 @@ from msgspec import Struct, field
 from shardwise.errors import SpecError
 from shardwise.spec.plan import Precision
 
-Schedule = Literal["constant", "cosine", "linear"]
+Schedule = Literal["constant", "cosine", "linear", "own"]
 
 
 class Optimizer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -18,7 +18,7 @@ class Optimizer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     `params` is a glob over parameter names (`*.bias`); of several optimizers in one job each takes what the ones
     before it left. `scaling` changes `lr` with the global batch: linear (Goyal et al. 2017, section 2.1) or square
-    root (Krizhevsky 2014), relative to `base_batch`. `warmup` is in steps.
+    root (Krizhevsky 2014), relative to `base_batch`. `warmup` is in steps. `schedule="own"`: the user sets the rates.
     """
 
     optimizer: str | Callable[..., Any]

@@ -1,4 +1,4 @@
-"""`Layout`: which boxes of a global tensor a rank holds under a plan, as pure functions; and the arithmetic of boxes."""
+"""`Layout`: which boxes of a global tensor a rank holds under a plan, as pure functions; the arithmetic of boxes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SMALLEST_CUT_BYTES = 64 * 1024
 
 
 class Box(Struct, frozen=True, forbid_unknown_fields=True):
-    """A rectangle of a global tensor: `offset[d] <= index[d] < offset[d] + shape[d]`. A 0-dim tensor has one, `Box((), ())`."""
+    """A rectangle of a global tensor: `offset[d] <= index[d] < offset[d] + shape[d]`; `Box((), ())` of a 0-dim one."""
 
     offset: Shape
     shape: Shape
@@ -48,7 +48,7 @@ def whole(shape: Shape) -> Box:
 
 
 def boxes(name: str, shape: Shape, plan: Plan, rank: int) -> tuple[Box, ...]:
-    """The boxes of the tensor `name` of global `shape` that `rank` holds: disjoint, not empty, in the order of the local tensor.
+    """The boxes of the tensor `name` of global `shape` that `rank` holds: disjoint, not empty, in local order.
 
     `name` is `model/<parameter>`, `buffer/<buffer>`, `optimizer/<parameter>/<state>`, or any other name, which is taken
     for the parameter's. Optimizer state lies like its parameter. Axes, in the order in which they cut:
@@ -57,8 +57,9 @@ def boxes(name: str, shape: Shape, plan: Plan, rank: int) -> tuple[Box, ...]:
     - tensor: `plan.splits` maps a glob pattern over parameter or module names to a `Split`; the first match decides.
       `column` and `vocabulary` cut dim 0, `row` dim 1 (a 1-dim bias stays whole). Without `parts` the dim falls into
       ceil-sized chunks like `torch.chunk`. With `parts` it is one or more fused pieces, one after the other, each cut
-      into one part a rank: `parts[piece * tensor + rank]` counts its units, of which the dim has `sum(parts)`. So
-      `parts=(3, 2)` gives 3 and 2 heads, `parts=(4, 4, 1, 1, 1, 1)` a fused query, key, value weight with 8 and 2 heads.
+      into one part a rank: `parts[piece * tensor + rank]` counts its units, of which the dim has `sum(parts)`. For two
+      ranks, `(3, 2)` cuts 5 heads into 3 and 2, and `(4, 4, 1, 1, 1, 1)` halves a fused query (8 heads), key (2 heads)
+      and value (2 heads) weight.
     - shard: dim 0 of what is left, in ceil-sized chunks (FSDP2's rule). Buffers are never sharded; parameters only
       with `zero=3`, optimizer state always.
     - data, context, expert: whole replicas.
@@ -90,7 +91,8 @@ def holds(name: str, plan: Plan, rank: int) -> bool:
     if block is not None:
         if not any(stage.first <= block <= stage.last for stage in plan.stages):
             raise SpecError(
-                f"block {block} ({plan.blocks[block]}) is in no stage of the plan. Extend the stages' first..last over it."
+                f"block {block} ({plan.blocks[block]}) is in no stage of the plan. "
+                "Extend the first..last of a stage over it."
             )
         return any(stage.first <= block <= stage.last for stage in mine)
     if any(_matches(tensor, pattern) for stage in plan.stages for pattern in stage.holds):
@@ -237,8 +239,8 @@ def _tensor_cut(name: str, shape: Shape, plan: Plan, index: int) -> tuple[int | 
     units = sum(split.parts)
     if len(split.parts) % plan.tensor or units < 1 or shape[dim] % units:
         raise SpecError(
-            f"splits.parts={split.parts} of '{name}' does not fit: there must be one part for each of the {plan.tensor} "
-            f"tensor ranks and fused piece, and their sum must divide the {shape[dim]} elements of dim {dim}."
+            f"splits.parts={split.parts} of '{name}' does not fit: there must be one part for each fused piece and "
+            f"each of the {plan.tensor} tensor ranks, and their sum must divide the {shape[dim]} elements of dim {dim}."
         )
     unit, ends = shape[dim] // units, [0, *itertools.accumulate(split.parts)]
     spans = [(ends[i] * unit, ends[i + 1] * unit) for i in range(index, len(split.parts), plan.tensor)]

@@ -65,3 +65,19 @@ def _connect(plan: Plan | None) -> Mesh:
     return connect(
         plan or Plan(data=placement.world), rank=placement.rank, world=placement.world, store=store, device=device
     )
+
+
+def agree(mesh: Mesh, text: str) -> str:
+    """Rank 0's text, on every rank."""
+    if mesh.world == 1:
+        return text
+    import torch
+    import torch.distributed as dist
+
+    size = torch.tensor([len(text.encode())])
+    dist.broadcast(size, 0)
+    raw = torch.zeros(int(size), dtype=torch.uint8)
+    if mesh.rank == 0:
+        raw.copy_(torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8))
+    dist.broadcast(raw, 0)
+    return bytes(raw.tolist()).decode()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from shardwise.data.source import Prepared, cache_root
+from shardwise.data.cache import cache_root
+from shardwise.data.source import Prepared
 from shardwise.errors import DataError, JobError
 from shardwise.spec.job import TrainJob
 

@@ -80,6 +80,8 @@ class Optimizers:
     def schedule(self, step: int) -> float:
         """Set every optimizer's learning rate for `step` (0-based); returns the first one's."""
         for spec, each in zip(self.specs, self.optimizers, strict=True):
+            if spec.schedule == "own":
+                continue
             rate = spec.scaled_lr(self.job.global_batch) * spec.factor(step, self.job.steps)
             for group in each.param_groups:
                 group["lr"] = rate

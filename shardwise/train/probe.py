@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from shardwise.errors import JobError
 from shardwise.spec import files
 from shardwise.spec.job import JobFacts, TrainJob
 from shardwise.spec.profile import ModelProfile
@@ -30,7 +28,7 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
 
 
-def main(*, source: dict[str, str], sets: dict[str, Any], out: str) -> None:
+def entry(*, source: dict[str, str], sets: dict[str, Any], out: str, **_: Any) -> None:
     """Load the job, prepare its data, profile its model; write a Probe to `out`. Raises JobError or DataError."""
     files.save(probe(capture.JobSource(**source), sets), out)
 
@@ -78,10 +76,3 @@ def facts(job: TrainJob) -> JobFacts:
         state_bytes_per_parameter=max(states),
         logical_shards=job.logical_shards,
     )
-
-
-def read(out: Path) -> Probe:
-    """What `main` wrote. Raises JobError when the process ended without a word."""
-    if not out.is_file():
-        raise JobError("the process that looks at the job ended without a result. Its output is above; run it again.")
-    return files.load(out, Probe)

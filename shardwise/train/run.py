@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from typing import Any
 
 from shardwise import events
 from shardwise.comm.mesh import Mesh
@@ -19,8 +17,6 @@ from shardwise.spec.plan import Plan
 from shardwise.train.memory import peak_bytes
 from shardwise.train.optimizers import Optimizers
 from shardwise.train.state import Saver, State
-
-Blame = Callable[[str], Any]
 
 
 class Trainer:
@@ -36,6 +32,7 @@ class Trainer:
         self.optimizers = Optimizers(self.replica.module, job)
         self.state = saver.resume(self.replica, self.optimizers)
         self.batches = self._open()
+        self._mark = time.perf_counter()
 
     def _open(self) -> Batches:
         return open_batches(
@@ -53,31 +50,37 @@ class Trainer:
 
     def train(self) -> State:
         """All steps that are left. Raises NonFiniteLoss with the step, its samples and the last good checkpoint."""
-        began = time.perf_counter()
         events.emit("training", step=self.state.step, steps=self.job.steps)
+        self._mark = time.perf_counter()
         with self.batches as batches:
             for local in batches:
-                began = self._step(local, began)
+                self.step(local)
                 if self._stop_early() or self.state.step >= self.job.steps:
                     break
-        if self.state.saved != self.state.step:
-            self._save()
-        events.emit("memory", rank=self.mesh.rank, peak_bytes=peak_bytes(self.mesh.device))
+        self.finish()
         return self.state
 
-    def _step(self, local: LocalStep, began: float) -> float:
+    def step(self, local: LocalStep) -> StepResult:
+        """One optimizer step on this rank's share of a batch, and what the job wants done after it."""
         rate = self.optimizers.schedule(local.step)
         result = self._guarded(local)
         self.state.step = local.step + 1
         now = time.perf_counter()
-        self._report(local, result, rate, now - began)
+        self._report(local, result, rate, now - self._mark)
         for callback in self.job.callbacks:
             callback(self.state, result)
         if self.job.eval_every and self.state.step % self.job.eval_every == 0:
             self.evaluate()
         if self.job.save_every and self.state.step % self.job.save_every == 0:
-            self._save()
-        return time.perf_counter() if now - began > 0 else began
+            self.save()
+        self._mark = time.perf_counter()  # evaluating and saving are no part of the next step
+        return result
+
+    def finish(self) -> None:
+        """The last checkpoint, and what this rank's memory was at its peak."""
+        if self.state.saved != self.state.step:
+            self.save()
+        events.emit("memory", rank=self.mesh.rank, peak_bytes=peak_bytes(str(self.mesh.device)))
 
     def _guarded(self, local: LocalStep) -> StepResult:
         try:
@@ -134,7 +137,8 @@ class Trainer:
             events.emit("evaluation", step=self.state.step, seconds=time.perf_counter() - began, **found)
         return found
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """A checkpoint of this moment."""
         best = self.state.best_step(self.job) == self.state.step
         self.saver.save(self.replica, self.optimizers, self.state, best=best)
 

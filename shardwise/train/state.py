@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import time
-from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 
 from shardwise import events
-from shardwise.checkpoint.load import load, newest_whole
+from shardwise.checkpoint.load import latest
+from shardwise.checkpoint.resume import resume
 from shardwise.checkpoint.save import save
-from shardwise.checkpoint.state import Snapshot
-from shardwise.checkpoint.store import Store
+from shardwise.checkpoint.state import collect
+from shardwise.checkpoint.store import LocalStore, MemoryStore, Store
 from shardwise.comm.mesh import Mesh
-from shardwise.errors import CheckpointError
+from shardwise.errors import SpecError
 from shardwise.parallel.parallelize import Replica
 from shardwise.spec.job import TrainJob
+from shardwise.train.folder import RunFolder
 from shardwise.train.optimizers import Optimizers
 
 
@@ -29,12 +30,80 @@ class State(msgspec.Struct, kw_only=True):
     saved: int = -1
 
     def best_step(self, job: TrainJob) -> int:
-        """The step whose evaluation is best by the job's early-stop metric (else by loss); 0 when there is none."""
+        """The step whose evaluation is best by the job's early-stop metric (else by loss); -1 when there is none."""
         rule = job.early_stop
         metric, sign = (rule.metric, 1 if rule.better == "lower" else -1) if rule else ("loss", 1)
         if not self.evaluations:
-            return 0
+            return -1
         if metric not in self.evaluations[0]:
             known = ", ".join(sorted(self.evaluations[0]))
-            raise CheckpointError(f"early_stop.metric='{metric}' of the job is not evaluated; known: {known}.")
+            raise SpecError(f"early_stop.metric='{metric}' of the job is not evaluated; known: {known}.")
         return int(min(self.evaluations, key=lambda e: sign * e[metric])["step"])
+
+
+class Saver:
+    """Checkpoints of one run on this rank; in memory only when the run has no folder."""
+
+    def __init__(self, folder: RunFolder | None, mesh: Mesh, job: TrainJob) -> None:
+        self.store: Store = LocalStore(folder.checkpoints) if folder else MemoryStore()
+        self.kept = folder is not None
+        self.mesh = mesh
+        self.job = job
+
+    def resume(self, replica: Replica, optimizers: Optimizers) -> State:
+        """The newest whole checkpoint, put into the replica and the optimizers; a fresh State when there is none."""
+        found = resume(
+            self.store,
+            replica.module,
+            optimizers.optimizers,
+            plan=self.mesh.plan,
+            rank=self.mesh.rank,
+            agree=self._all,
+        )
+        if found is None:
+            return State()
+        replica.load_state(found.scalars["replica"])
+        state = State(
+            step=found.step, loss=found.scalars["loss"], evaluations=found.scalars["evaluations"], saved=found.step
+        )
+        if self.mesh.rank == 0:
+            path = self.store.where(found.manifest.folder)
+            events.emit("resumed", step=state.step, path=path, from_ranks=found.manifest.plan.ranks)
+        return state
+
+    def save(self, replica: Replica, optimizers: Optimizers, state: State, *, best: bool) -> None:
+        """Write a checkpoint together with all other ranks. Raises CheckpointError on all when one could not."""
+        if not self.kept:
+            return
+        replica.share_buffers()
+        tensors, scalars = collect(replica.module, optimizers.optimizers)
+        mine: dict[str, Any] = {"replica": replica.state(), "loss": state.loss, "evaluations": state.evaluations}
+        save(
+            self.store,
+            step=state.step,
+            tensors=tensors,
+            scalars={**scalars, **mine},
+            plan=self.mesh.plan,
+            rank=self.mesh.rank,
+            world=self.mesh.world,
+            barrier=self._barrier,
+            keep_last=self.job.keep_last,
+            best=best,
+        )
+        state.saved = state.step
+
+    def last_good(self) -> str:
+        """Where the newest checkpoint is, or an empty string."""
+        found = latest(self.store)
+        return self.store.where(found.folder) if found else ""
+
+    def _barrier(self) -> None:
+        if self.mesh.world > 1:
+            torch.distributed.barrier()
+
+    def _all(self, whole: bool) -> bool:
+        if self.mesh.world == 1:
+            return whole
+        vote = torch.tensor([int(whole)], device=self.mesh.device)
+        torch.distributed.all_reduce(vote, torch.distributed.ReduceOp.MIN)
+        return bool(vote.item())

@@ -1,0 +1,71 @@
+"""`python -m bench`: list the benchmarks, or run one."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+from bench import machine
+from bench.options import Options
+from bench.rows import Row, result, table, write
+
+BENCHMARKS = {
+    "data_parallel": "seconds a training step, 2 ranks, against DDP, Accelerate, Lightning, Ray Train and DeepSpeed",
+    "startup": "seconds from the shell to the end of step 1, against a bare script, torchrun and accelerate launch",
+    "loader": "tokens a second of packed text from disk, and the memory that a corpus of 2 GB takes",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0 when the benchmark ran, whatever its figures say."""
+    parsed = _parser().parse_args(arguments)
+    if parsed.name is None:
+        print("\n".join(f"{name:<16}{text}" for name, text in BENCHMARKS.items()))
+        return 0
+    signal.signal(signal.SIGTERM, _interrupt)
+    about = machine.describe()
+    print(machine.in_words(about), flush=True)
+    options = Options(
+        quick=parsed.quick,
+        only=_words(parsed.only),
+        cases=_words(parsed.cases),
+        rounds=parsed.rounds,
+        device=parsed.device,
+        run=parsed.run,
+    )
+    run: Callable[[Options], list[Row]] = import_module(f"bench.{parsed.name}").run
+    rows = run(options)
+    print(table(rows))
+    if parsed.json:
+        write(parsed.json, result(parsed.name, about, rows, quick=parsed.quick))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("name", nargs="?", choices=list(BENCHMARKS), help="the benchmark; without it, they are listed")
+    parser.add_argument("--quick", action="store_true", help="one case, few peers, 3 rounds, within 60 s")
+    parser.add_argument("--json", metavar="FILE", help="write the result there")
+    parser.add_argument("--only", metavar="SYSTEM,...", help="run these systems only")
+    parser.add_argument("--cases", metavar="WORD,...", help="run the cases with one of these words in their name")
+    parser.add_argument("--rounds", type=int, help="instead of the benchmark's own number")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--run", metavar="FOLDER", help="loader: the run whose waiting share is read (runs/latest)")
+    return parser
+
+
+def _words(text: str | None) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip()) if text else ()
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    """SIGTERM ends the run as Ctrl-C does, so that every system is ended too."""
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

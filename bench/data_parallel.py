@@ -1,0 +1,177 @@
+"""Seconds a step of data-parallel training, two ranks, against the frameworks that people use for it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from bench import machine
+from bench.case import Case
+from bench.options import Options, say
+from bench.peers import PEERS, Peer, subject
+from bench.rounds import Lost, Outcome, play
+from bench.rows import Row, missing, ratio, row
+from bench.subject import Subject, close_all
+
+BASE = "ddp"
+QUICK = ("shardwise", "ddp")
+ROUNDS, QUICK_ROUNDS = 30, 3
+WARM_UP = 4  # steps before the first round
+START_S, STEP_S = 120.0, 20.0  # deadlines: to start all ranks, and for one step
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+TARGETS = {"shardwise": "<= 1.0 x ddp", "shardwise:exact": "<= 1.1 x shardwise"}
+
+
+@dataclass
+class Player:
+    """A system in a case: its processes and what its steps returned, mean over the ranks."""
+
+    subject: Subject
+    losses: list[float] = field(default_factory=list)
+    checksum: float | None = None
+    note: str | None = None
+
+    def turn(self, steps: int, deadline_s: float) -> float:
+        """Run one step to warm up and then `steps` timed ones; seconds a step of the slowest rank. Raises Lost."""
+        try:
+            answers = self.subject.run(1 + steps, deadline_s)
+        except Lost as lost:
+            self.note = str(lost)
+            self.subject.close(grace_s=0)
+            raise
+        self.losses += [statistics.fmean(each) for each in zip(*(a["losses"] for a in answers), strict=True)]
+        return max(statistics.fmean(answer["seconds"][1:]) for answer in answers)
+
+
+def run(options: Options) -> list[Row]:
+    """All cases, or one short one under `--quick`."""
+    names = options.chosen(list(PEERS), QUICK)
+    rows: list[Row] = []
+    for case in cases(options):
+        if options.wants(str(case)):
+            rows += run_case(case, names, options)
+    return rows
+
+
+def cases(options: Options) -> list[Case]:
+    """float32 and bfloat16, 2 and 8 samples a rank; on a machine with one GPU a single rank."""
+    ranks = 2
+    if options.device == "cuda":
+        devices = machine.device_count()
+        if not devices:
+            raise SystemExit("--device cuda: this machine has no CUDA device that torch can use. Leave --device out.")
+        ranks = min(2, devices)
+    found = [
+        Case(precision=precision, batch=batch, ranks=ranks, device=options.device)
+        for precision in ("float32", "bfloat16")
+        for batch in (2, 8)
+    ]
+    return [replace(found[2], layers=4)] if options.quick else found
+
+
+def steps_a_turn(case: Case) -> int:
+    """Timed steps in one turn: enough that a turn takes about a second, so that waking up weighs little."""
+    return 8 if case.device == "cuda" else 2 if case.batch > 2 else 4
+
+
+def run_case(case: Case, names: Sequence[str], options: Options, peers: Mapping[str, Peer] = PEERS) -> list[Row]:
+    """Start every system, play the rounds, compare what they computed, end them all."""
+    rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
+    steps = steps_a_turn(case)
+    say(f"{case}: {rounds} rounds of {steps} steps")
+    players: dict[str, Player] = {}
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        case = replace(case, folder=folder)
+        case.write_tokens(WARM_UP + rounds * (1 + steps))
+        try:
+            for name in names:
+                if peers[name].installed():
+                    players[name] = _start(name, peers[name], case)
+            ready = [name for name in players if players[name].note is None]
+            outcomes = play(ready, rounds, lambda name: players[name].turn(steps, STEP_S * (1 + steps)))
+            for player in players.values():
+                _add_up(player)
+        finally:
+            close_all(player.subject for player in players.values())
+    for name, player in players.items():
+        outcomes.setdefault(name, Outcome([math.inf] * rounds, player.note))
+    return _rows(case, names, peers, players, outcomes)
+
+
+def _start(name: str, peer: Peer, case: Case) -> Player:
+    say(f"  starting {name}")
+    player = Player(subject(name, peer, replace(case, exact=peer.exact)))
+    try:
+        player.subject.start(START_S)
+        player.turn(WARM_UP - 1, START_S)
+    except Lost as lost:
+        say(f"  {name}: {lost}")
+        player.note = f"before the first round: {lost}"
+        player.subject.close(grace_s=0)
+    return player
+
+
+def _add_up(player: Player) -> None:
+    if player.note is None:
+        try:
+            player.checksum = player.subject.checksums(STEP_S)[0]
+        except Lost as lost:
+            player.note = f"after the last round: {lost}"
+
+
+def _rows(
+    case: Case,
+    names: Sequence[str],
+    peers: Mapping[str, Peer],
+    players: Mapping[str, Player],
+    outcomes: Mapping[str, Outcome],
+) -> list[Row]:
+    title = str(case)
+    rows: list[Row] = []
+    compared = BASE if BASE in players else next(iter(players), None)
+    for name in names:
+        if name not in players:
+            rows.append(missing(title, name, "step_time", "s", "lower", peers[name].install))
+            continue
+        more = agreement(players[name].losses, players[compared].losses, case.precision) if compared else {}
+        notes = [outcomes[name].note or players[name].note, None if more.get("agrees", True) else "losses differ"]
+        rows.append(
+            row(
+                title,
+                name,
+                "step_time",
+                "s",
+                "lower",
+                outcomes[name].values,
+                target=TARGETS.get(name),
+                note="; ".join(filter(None, notes)) or None,
+                compared_with=compared,
+                checksum=players[name].checksum,
+                **more,
+            )
+        )
+    pairs = [(name, BASE) for name in names if name != BASE] + [("shardwise:exact", "shardwise")]
+    for name, base in pairs:
+        if name in outcomes and base in outcomes:
+            target = TARGETS.get(name, "")
+            values = outcomes[name].values, outcomes[base].values
+            rows.append(ratio(title, name, base, *values, target=target if target.endswith(f"x {base}") else None))
+    return rows
+
+
+def agreement(losses: Sequence[float], others: Sequence[float], precision: str) -> dict[str, object]:
+    """The largest difference between two loss curves, step by step, and whether it is within the tolerance."""
+    both = min(len(losses), len(others))
+    if not both:
+        return {"agrees": False, "max_loss_difference": math.inf, "compared_steps": 0}
+    largest = max(abs(one - other) for one, other in zip(losses[:both], others[:both], strict=True))
+    return {
+        "agrees": largest <= TOLERANCE[precision],
+        "max_loss_difference": largest,
+        "compared_steps": both,
+        "first_loss": losses[0],
+        "last_loss": losses[both - 1],
+    }

@@ -1,0 +1,19 @@
+"""`shardwise plan FILE`: what would happen here, and why."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from shardwise.cli.options import JobFile, PlanText, Sets
+
+Machines = Annotated[str | None, typer.Option("--cluster", metavar="CLUSTER", help="Plan for these machines instead.")]
+
+
+def plan(file: JobFile, sets: Sets = None, plan: PlanText = None, cluster: Machines = None) -> None:
+    """Show how a job would be split here, and what a step would cost."""
+    from shardwise.train import api
+
+    report = api.plan(file, sets=sets or [], plan=plan, cluster=cluster)
+    typer.echo(report.text())

@@ -1,0 +1,387 @@
+"""`Group`: one process group for every axis, over gloo and nccl, with one order, tags, byte counts and a real abort."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+
+from shardwise.comm.backends import BACKENDS, Inner, hang_up
+from shardwise.comm.store import LOOPBACK, first_line
+from shardwise.comm.work import GuardedWork, Tag
+from shardwise.errors import CommError
+
+NAME = "shardwise"
+REMEMBERED = 64
+REPORT_S = 0.5  # how long a failed rank waits for the others to report, to say who did not
+
+
+class GroupSettings(NamedTuple):
+    """How `torch.distributed` is to make a Group: passed as `pg_options`. `host` None leaves the interface to gloo."""
+
+    devices: tuple[str, ...] = ("cpu",)
+    host: str | None = LOOPBACK
+    threads: int = 1
+    timeout_s: float = 0.0
+    generation: int = 0
+
+
+class Group(dist.ProcessGroup):
+    """A `torch.distributed.ProcessGroup` of ranks that share an axis; DTensor, FSDP2, DDP and pipelining run on it.
+
+    Operations of all threads pass one lock and get one sequence number, so every rank issues them in one order.
+    `step` is set by the caller and only tags errors. `wire` counts, for each operation, messages and the bytes handed
+    to the backend on this rank. After a failure or `abort` every call raises CommError: a new Group is needed.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        inners: dict[str, Inner],
+        *,
+        name: str = "data",
+        ranks: Sequence[int] = (),
+        timeout_s: float = 600.0,
+        settings: GroupSettings = GroupSettings(),
+    ) -> None:
+        super().__init__(rank, size)
+        self._store = store
+        self._inners = inners
+        self._lock = threading.Lock()
+        self._recent: collections.deque[Tag] = collections.deque(maxlen=REMEMBERED)
+        self._why_aborted: str | None = None
+        self._name = name
+        self._desc = name
+        self._sequence = 0
+        self.ranks = tuple(ranks) or tuple(range(size))
+        self.timeout_s = timeout_s
+        self.settings = settings
+        self.step = 0
+        self.wire: dict[str, tuple[int, int]] = {}
+        self.asynchronous = "cuda" in inners
+        kinds = {"cpu": dist.ProcessGroup.BackendType.GLOO, "cuda": dist.ProcessGroup.BackendType.NCCL}
+        for device, inner in inners.items():
+            if isinstance(inner.backend, dist.Backend):  # what is not overridden below falls through to it
+                self._register_backend(torch.device(device), kinds[device], inner.backend)
+
+    # Identity, as torch.distributed asks for it.
+
+    def getBackendName(self) -> str:
+        return NAME
+
+    def getGroupName(self) -> str:
+        return self._name
+
+    def setGroupName(self, name: str) -> None:
+        self._name = name
+
+    def getGroupDesc(self) -> str:
+        return self._desc
+
+    def setGroupDesc(self, desc: str) -> None:
+        self._desc = desc
+
+    def _set_sequence_number_for_group(self) -> None:
+        return None
+
+    # Failure.
+
+    @property
+    def aborted(self) -> bool:
+        return self._why_aborted is not None
+
+    def abort(self, why: str = "it was aborted on this rank") -> None:
+        """Free every caller that waits in this group, on this rank and (their connections end) on the others.
+
+        May be called from any thread, any number of times. The group cannot be used again.
+        """
+        if self._why_aborted is None:
+            self._why_aborted = why
+            threading.Thread(target=_quietly, args=(self._report, why), daemon=True).start()
+        self._hang_up()
+
+    def shutdown(self) -> None:
+        """End the group without an error: later calls raise."""
+        self._why_aborted = self._why_aborted or "it was closed"
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        for device, inner in self._inners.items():
+            hang_up(inner.sockets)
+            if device == "cuda":
+                inner.backend.abort()
+
+    def aborted_error(self, tag: Tag) -> CommError:
+        """What a caller of `tag` is told after an abort."""
+        return CommError(
+            f"{self._describe(tag)} did not finish: the group is closed because {self._why_aborted}. "
+            "An aborted group is never used again; connect the ranks anew."
+        )
+
+    def failed(self, tag: Tag, error: BaseException) -> CommError:
+        """Abort after a failure of the backend, and say which ranks did not report."""
+        self.abort(f"{tag.op} number {tag.sequence} failed")
+        return CommError(f"{self._describe(tag)} failed: {first_line(error)} {self._blame()}")
+
+    def timed_out(self, tag: Tag, limit_s: float) -> CommError:
+        """Abort after `limit_s` seconds of waiting, and say which ranks did not report."""
+        self.abort(f"{tag.op} number {tag.sequence} took longer than {limit_s:g} s")
+        return CommError(f"{self._describe(tag)} waited longer than its limit of {limit_s:g} s. {self._blame()}")
+
+    def _describe(self, tag: Tag) -> str:
+        return (
+            f"{tag.op} number {tag.sequence} of group '{self._desc}' "
+            f"(generation {tag.generation}, step {tag.step}) on rank {self.ranks[self.rank()]}"
+        )
+
+    def _report(self, why: str) -> None:
+        self._store.set(f"failed/{self.rank()}", why)
+
+    def _blame(self) -> str:
+        reasons = self._reasons()
+        silent = [self.ranks[r] for r in range(self.size()) if r != self.rank() and r not in reasons]
+        if not reasons:
+            who = f"No other rank reported; this one waited for rank(s) {', '.join(map(str, silent))}."
+        elif silent:
+            who = f"Rank(s) {', '.join(map(str, silent))} did not report: this rank waited for them."
+        else:
+            told = "; ".join(f"rank {self.ranks[r]}: {why}" for r, why in sorted(reasons.items()))
+            who = f"Every other rank still answers ({told})."
+        last = ", ".join(f"{t.sequence} {t.op}" for t in list(self._recent)[-5:])
+        return f"{who} The last operations here were: {last}. Look at the end of the other ranks' logs for the cause."
+
+    def _reasons(self) -> dict[int, str]:
+        """Why the other ranks left this group, of those that say so within REPORT_S."""
+        found: dict[int, str] = {}
+
+        def ask() -> None:
+            end = time.monotonic() + REPORT_S
+            others = [r for r in range(self.size()) if r != self.rank()]
+            while len(found) < len(others) and time.monotonic() < end:
+                for rank in others:
+                    if rank not in found and self._store.check([f"failed/{rank}"]):
+                        found[rank] = self._store.get(f"failed/{rank}").decode()
+                time.sleep(0.02)
+
+        asking = threading.Thread(target=_quietly, args=(ask,), daemon=True)
+        asking.start()
+        asking.join(2 * REPORT_S)
+        return dict(found)
+
+    # Operations.
+
+    def _run(self, op: str, tensors: Any, call: Callable[[Any], Any]) -> GuardedWork:
+        """Issue one operation: `call(backend)` returns the backend's work. `tensors` are what this rank hands over."""
+        flat = _flat(tensors)
+        with self._lock:
+            self._sequence += 1
+            tag = Tag(self.settings.generation, self.step, self._sequence, op)
+            if self._why_aborted is not None:
+                raise self.aborted_error(tag)
+            self._recent.append(tag)
+            messages, moved = self.wire.get(op, (0, 0))
+            self.wire[op] = (messages + 1, moved + sum(t.numel() * t.element_size() for t in flat))
+            inner = self._inner_for(flat)
+            try:
+                return GuardedWork(self, tag, call(inner), tensors)
+            except RuntimeError as error:
+                failure = error
+        raise self.failed(tag, failure) from None
+
+    def _inner_for(self, tensors: list[torch.Tensor]) -> Any:
+        device = tensors[0].device.type if tensors else next(iter(self._inners))
+        if device not in self._inners:
+            raise CommError(
+                f"the group '{self._desc}' has no backend for {device} tensors, only for "
+                f"{', '.join(self._inners)}. Move the tensor, or connect with device='{device}'."
+            )
+        return self._inners[device].backend
+
+    def all_reduce(self, tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> GuardedWork:
+        """Start the in-place sum (or `op`) of `tensor` over the ranks; wait on what is returned."""
+        options = c10d.AllreduceOptions()
+        options.reduceOp = op
+        return self._run("all_reduce", [tensor], lambda inner: inner.allreduce([tensor], options))
+
+    def allreduce(self, tensors: Any, opts: Any = None, timeout: timedelta | None = None) -> GuardedWork:
+        opts = _options(c10d.AllreduceOptions, opts, timeout)
+        return self._run("all_reduce", tensors, lambda inner: inner.allreduce(_list(tensors), opts))
+
+    def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> GuardedWork:
+        opts = opts or c10d.AllreduceCoalescedOptions()
+        return self._run("all_reduce_coalesced", tensors, lambda inner: inner.allreduce_coalesced(tensors, opts))
+
+    def broadcast(
+        self, tensors: Any, opts: Any = None, timeout: timedelta | None = None, *, root: int | None = None
+    ) -> GuardedWork:
+        if root is not None or isinstance(opts, int):
+            source = root if root is not None else opts
+            opts = c10d.BroadcastOptions()
+            opts.rootRank = source
+        opts = _options(c10d.BroadcastOptions, opts, timeout)
+        return self._run("broadcast", tensors, lambda inner: inner.broadcast(_list(tensors), opts))
+
+    def reduce(self, tensors: Any, opts: Any = None) -> GuardedWork:
+        return self._run("reduce", tensors, lambda inner: inner.reduce(_list(tensors), opts or c10d.ReduceOptions()))
+
+    def allgather(
+        self, outputs: Any, inputs: Any, opts: Any = None, timeout: timedelta | None = None
+    ) -> GuardedWork:
+        if isinstance(inputs, torch.Tensor):
+            outputs, inputs = [outputs], [inputs]
+        opts = _options(c10d.AllgatherOptions, opts, timeout)
+        return self._run("all_gather", inputs, lambda inner: inner.allgather(outputs, inputs, opts))
+
+    def all_gather_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> GuardedWork:
+        opts = _options(c10d.AllgatherOptions, opts, None)
+        return self._run("all_gather", [input], lambda inner: inner._allgather_base(output, input, opts))
+
+    _allgather_base = all_gather_single
+
+    def allgather_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> GuardedWork:
+        opts = _options(c10d.AllgatherOptions, opts, None)
+        return self._run("all_gather", inputs, lambda inner: inner.allgather_coalesced(outputs, inputs, opts))
+
+    def all_gather_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> GuardedWork:
+        works = [self.all_gather_single(o, i, opts) for o, i in zip(outputs, inputs, strict=True)]
+        return self._together(works, outputs)
+
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
+
+    def gather(self, outputs: Any, inputs: Any, opts: Any = None) -> GuardedWork:
+        opts = opts or c10d.GatherOptions()
+        return self._run("gather", inputs, lambda inner: inner.gather(outputs, _list(inputs), opts))
+
+    def scatter(self, outputs: Any, inputs: Any, opts: Any = None) -> GuardedWork:
+        opts = opts or c10d.ScatterOptions()
+        return self._run("scatter", outputs, lambda inner: inner.scatter(_list(outputs), inputs, opts))
+
+    def reduce_scatter(
+        self, outputs: Any, inputs: Any, opts: Any = None, timeout: timedelta | None = None
+    ) -> GuardedWork:
+        if isinstance(outputs, torch.Tensor):
+            outputs, inputs = [outputs], [inputs]
+        opts = _options(c10d.ReduceScatterOptions, opts, timeout)
+        return self._run("reduce_scatter", inputs, lambda inner: inner.reduce_scatter(outputs, inputs, opts))
+
+    def reduce_scatter_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> GuardedWork:
+        opts = _options(c10d.ReduceScatterOptions, opts, None)
+        return self._run("reduce_scatter", [input], lambda inner: inner._reduce_scatter_base(output, input, opts))
+
+    _reduce_scatter_base = reduce_scatter_single
+
+    def reduce_scatter_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> GuardedWork:
+        works = [self.reduce_scatter_single(o, i, opts) for o, i in zip(outputs, inputs, strict=True)]
+        return self._together(works, outputs)
+
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+
+    def all_to_all_single(
+        self,
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_split_sizes: Sequence[int],
+        input_split_sizes: Sequence[int],
+        opts: Any = None,
+    ) -> GuardedWork:
+        opts = opts or c10d.AllToAllOptions()
+        outs, ins = list(output_split_sizes), list(input_split_sizes)
+        return self._run("all_to_all", [input], lambda inner: inner.alltoall_base(output, input, outs, ins, opts))
+
+    alltoall_base = all_to_all_single
+
+    def alltoall(self, outputs: Any, inputs: Any, opts: Any = None) -> GuardedWork:
+        opts = opts or c10d.AllToAllOptions()
+        return self._run("all_to_all", inputs, lambda inner: inner.alltoall(outputs, inputs, opts))
+
+    def send(self, tensors: Any, dst: int, tag: int = 0) -> GuardedWork:
+        return self._run("send", tensors, lambda inner: inner.send(tensors, dst, tag))
+
+    def recv(self, tensors: Any, src: int, tag: int = 0) -> GuardedWork:
+        return self._run("recv", [], lambda inner: inner.recv(tensors, src, tag))
+
+    def recv_anysource(self, tensors: Any, tag: int = 0) -> GuardedWork:
+        return self._run("recv", [], lambda inner: inner.recv_anysource(tensors, tag))
+
+    def barrier(self, opts: Any = None, timeout: timedelta | None = None) -> GuardedWork:
+        opts = _options(c10d.BarrierOptions, opts, timeout)
+        return self._run("barrier", [], lambda inner: inner.barrier(opts))
+
+    def _together(self, works: list[GuardedWork], tensors: Any) -> GuardedWork:
+        """One work for several: gloo has no coalesced form of these, and the last one ends last only by luck."""
+        for work in works[:-1]:
+            work.wait()
+        return works[-1]
+
+
+def create(options: Any, settings: Any) -> Group:
+    """What `torch.distributed` calls to make a group of backend "shardwise"; `settings` is a `GroupSettings` or None."""
+    world = dist.group.WORLD if dist.is_initialized() else None
+    if settings is None:
+        settings = world.settings if isinstance(world, Group) else GroupSettings()
+    timeout_s = settings.timeout_s or options.timeout.total_seconds()
+    inners = {
+        device: BACKENDS[device](
+            dist.PrefixStore(device, options.store),
+            options.group_rank,
+            options.group_size,
+            timeout_s=timeout_s,
+            host=settings.host,
+            threads=settings.threads,
+        )
+        for device in settings.devices
+    }
+    return Group(
+        options.store,
+        options.group_rank,
+        options.group_size,
+        inners,
+        name=options.group_id,
+        ranks=options.global_ranks_in_group,
+        timeout_s=timeout_s,
+        settings=settings,
+    )
+
+
+def register() -> None:
+    """Make "shardwise" a backend name that `init_process_group` and `new_group` know. Does nothing the second time."""
+    if NAME.upper() not in dist.Backend._plugins:
+        dist.Backend.register_backend(NAME, create, extended_api=True, devices=["cpu", "cuda"])
+
+
+def _quietly(call: Callable[..., None], *args: Any) -> None:
+    """Run on a thread of its own: what fails there only means that there is no answer."""
+    with contextlib.suppress(RuntimeError):
+        call(*args)
+
+
+def _flat(tensors: Any) -> list[torch.Tensor]:
+    if isinstance(tensors, torch.Tensor):
+        return [tensors]
+    return [tensor for entry in tensors for tensor in _flat(entry)]
+
+
+def _list(tensors: Any) -> Any:
+    return [tensors] if isinstance(tensors, torch.Tensor) else tensors
+
+
+def _options(kind: type[Any], given: Any, timeout: timedelta | None) -> Any:
+    """The options object of an operation, from that object, from a reduce operation, or from nothing."""
+    if isinstance(given, kind):
+        return given
+    options = kind()
+    if given is not None:
+        options.reduceOp = given
+    if timeout is not None:
+        options.timeout = timeout
+    return options

@@ -1,0 +1,189 @@
+"""`connect`: the ranks of a plan find each other, and every axis longer than one rank gets its `Group`."""
+
+from __future__ import annotations
+
+import contextlib
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from shardwise.comm.group import NAME, Group, GroupSettings, register
+from shardwise.comm.store import LOOPBACK
+from shardwise.errors import ClusterError, CommError, SpecError
+from shardwise.spec.plan import AXES, Plan
+
+
+class Axis(NamedTuple):
+    """One axis of the mesh as this rank sees it: its own place, the length, and the group (None when alone)."""
+
+    name: str
+    rank: int
+    size: int
+    group: Group | None
+
+
+class Mesh:
+    """The ranks of a plan, connected. Made by `connect`; after `abort` or `close` a new one must be connected."""
+
+    def __init__(
+        self, plan: Plan, rank: int, world: int, device: torch.device, groups: dict[str, Group], owns_world: bool
+    ) -> None:
+        self.plan = plan
+        self.rank = rank
+        self.world = world
+        self.device = device
+        self._groups = groups
+        self._owns_world = owns_world
+        self._extra: list[Group] = []
+
+    def axis(self, name: str) -> Axis:
+        """The axis called `name`. Raises SpecError for a name that is not one of the plan's axes."""
+        if name not in AXES:
+            raise SpecError(f"'{name}' is no axis of a plan; the axes are {', '.join(AXES)}.")
+        place = self.plan.coordinates(self.rank)[name]
+        return Axis(name, place, getattr(self.plan, name), self._groups.get(name))
+
+    def second_group(self, name: str) -> Group | None:
+        """A further group over the ranks of an axis, with an order of its own; every rank of the mesh must call this."""
+        lines = _lines(self.plan, name)
+        if len(lines[0]) == 1:
+            return None
+        made = _make_groups(lines, self.rank, f"{name} statistics", self._groups[name].settings)
+        self._extra.append(made)
+        return made
+
+    def wire(self) -> dict[str, tuple[int, int]]:
+        """For each operation: how often it was called on this rank, and the bytes handed to the backend."""
+        total: dict[str, tuple[int, int]] = {}
+        for group in self._each_group():
+            for op, (messages, moved) in group.wire.items():
+                had = total.get(op, (0, 0))
+                total[op] = (had[0] + messages, had[1] + moved)
+        return total
+
+    def abort(self) -> None:
+        """Free every caller that waits in any group of this mesh, from any thread; nothing here can be used again."""
+        for group in self._each_group():
+            group.abort()
+
+    def close(self) -> None:
+        """End the groups. Collective only in the sense that ranks that still wait get an error."""
+        for group in self._each_group():
+            group.shutdown()
+            with contextlib.suppress(ValueError, RuntimeError, AssertionError):
+                if not self._owns_world or group is not dist.group.WORLD:
+                    dist.destroy_process_group(group)
+        if self._owns_world and dist.is_initialized():
+            with contextlib.suppress(ValueError, RuntimeError, AssertionError):
+                dist.destroy_process_group()
+        self._groups.clear()
+        self._extra.clear()
+
+    def _each_group(self) -> list[Group]:
+        return list({id(g): g for g in [*self._extra, *self._groups.values()]}.values())
+
+
+def connect(
+    plan: Plan,
+    *,
+    rank: int,
+    world: int,
+    store: dist.Store | None,
+    device: str = "cpu",
+    timeout_s: float = 600,
+    generation: int = 0,
+    host: str | None = LOOPBACK,
+    threads: int = 1,
+) -> Mesh:
+    """Connect this rank to the others of `plan`; every rank calls it once for each generation.
+
+    With `world` == 1 there is no group, no store and no socket. `host` is the address that gloo listens on: loopback
+    unless the ranks live on several hosts (then this host's own address, or None to let `GLOO_SOCKET_IFNAME` choose).
+    Raises SpecError when the plan has another number of ranks, ClusterError for a device that is not there, CommError
+    when the others do not answer in `timeout_s` seconds.
+    """
+    if plan.ranks != world:
+        raise SpecError(f"the plan {plan} has {plan.ranks} ranks but {world} were started. Start {plan.ranks} ranks.")
+    target = _device(device)
+    if world == 1:
+        return Mesh(plan, rank, world, target, {}, owns_world=False)
+    register()
+    devices = ("cpu",) if target.type == "cpu" else ("cpu", target.type)
+    settings = GroupSettings(devices, host, threads, float(timeout_s), generation)
+    owns_world = not dist.is_initialized()
+    if owns_world:
+        _init_world(store, rank, world, settings)
+    groups: dict[str, Group] = {}
+    for axis in AXES:
+        lines = _lines(plan, axis)
+        if len(lines[0]) == 1:
+            continue
+        default = dist.group.WORLD
+        if len(lines[0]) == world and isinstance(default, Group) and owns_world:
+            default.setGroupDesc(axis)
+            groups[axis] = default
+        else:
+            groups[axis] = _make_groups(lines, rank, axis, settings)
+    return Mesh(plan, rank, world, target, groups, owns_world)
+
+
+def _init_world(store: dist.Store | None, rank: int, world: int, settings: GroupSettings) -> None:
+    if store is None:
+        raise CommError(f"rank {rank} has no store to find the other {world - 1} rank(s) in. Open one with open_store.")
+    try:
+        dist.init_process_group(
+            NAME,
+            store=dist.PrefixStore(f"generation-{settings.generation}", store),
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=settings.timeout_s),
+            pg_options=settings,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise CommError(
+            f"rank {rank} could not meet the other {world - 1} rank(s) within {settings.timeout_s:g} s: "
+            f"{str(error).splitlines()[0]} Look at the logs of the other ranks."
+        ) from None
+
+
+def _make_groups(lines: list[list[int]], rank: int, name: str, settings: GroupSettings) -> Group:
+    """One group for each line of ranks, all made by all ranks in one order; the one that `rank` is in."""
+    mine: Group | None = None
+    for line in lines:
+        made = dist.new_group(
+            line,
+            timeout=timedelta(seconds=settings.timeout_s),
+            backend=NAME,
+            pg_options=settings,
+            group_desc=name,
+        )
+        if rank in line:
+            mine = made
+    assert isinstance(mine, Group), (lines, rank)
+    return mine
+
+
+def _lines(plan: Plan, axis: str) -> list[list[int]]:
+    """The ranks that differ on `axis` only, as one list for each choice of the other axes."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for rank in range(plan.ranks):
+        place = plan.coordinates(rank)
+        found.setdefault(tuple(v for k, v in place.items() if k != axis), []).append(rank)
+    return list(found.values())
+
+
+def _device(device: str) -> torch.device:
+    """Raises ClusterError for a device that this torch or this host does not have."""
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise ClusterError(f"device='{device}' is no device that torch knows. Use cpu, cuda or cuda:0.") from None
+    if target.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ClusterError(f"device='{device}', but torch sees no CUDA device here. Use device='cpu'.")
+        torch.cuda.set_device(target)
+    elif target.type != "cpu":
+        raise ClusterError(f"device='{device}' is not supported; ranks run on cpu or cuda.")
+    return target

@@ -1,0 +1,1 @@
+"""Reference models, their losses, and any `nn.Module` -> `ModelProfile`."""

@@ -1,0 +1,292 @@
+"""Any `nn.Module` -> `ModelProfile`: parameters, FLOPs and bytes of each block, measured without computing anything.
+
+The module is built and run on fake tensors, which know shapes and storages but hold no numbers, so a model larger than
+memory is profiled in seconds:
+
+    before -> block 0 -> block 1 -> ... -> after      what runs between two blocks belongs to the first of them
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from shardwise.errors import JobError, ShardwiseError
+from shardwise.models.blocks import find_blocks, linears, owner, tied_groups
+from shardwise.models.inputs import call
+from shardwise.spec.profile import BlockProfile, ModelProfile
+
+BEFORE, AFTER, WHOLE = "before", "after", "model"
+REAL_SAMPLES = 2  # a run on real tensors takes two samples: one is too few for batch normalisation
+
+Build = nn.Module | Callable[[], nn.Module]
+Forward = Callable[[nn.Module, Any], Any]
+Loss = Callable[[Any, Any], tuple[Any, Any]]
+
+
+def profile(build: Build, example: Any, *, forward: Forward | None = None, loss: Loss | None = None) -> ModelProfile:
+    """What the module costs for one sample of `example`, a batch as the data gives it (batch first).
+
+    `build` is the module, which is left as it is, or a function that makes it. FLOPs count a multiplication and an
+    addition as two, for matrix products, convolutions and attention (all of it, also where a causal mask hides half),
+    as `torch.utils.flop_counter` does. Activation bytes are the distinct storages that autograd keeps in a training
+    forward pass, without parameters and buffers; `loss`, if given, is measured as part of the last block.
+    A module that fake tensors cannot run, because it looks at numbers, is run on two real samples instead. Raises
+    JobError with the module's own error when that fails too.
+    """
+    samples = batch_size(example)
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        try:
+            return _Measurement(forward, loss).of_fake(build, example, samples)
+        except ShardwiseError:
+            raise
+        except Exception as why_not_fake:
+            try:
+                return _Measurement(forward, loss).of_real(build, example, samples)
+            except ShardwiseError:
+                raise
+            except Exception as error:
+                raise _cannot_run(error, why_not_fake, example) from error
+
+
+def batch_size(example: Any) -> int:
+    """The first dimension of the first tensor in a batch. Raises JobError when there is no such tensor."""
+    for tensor in tensors_in(example):
+        if tensor.ndim and tensor.shape[0]:
+            return tensor.shape[0]
+    raise JobError(
+        f"the example batch ({type(example).__name__}) holds no tensor with at least one sample. "
+        "Let the data give tensors whose first dimension is the sample."
+    )
+
+
+def describe(example: Any) -> str:
+    """One sample's shapes, such as `tokens int64[256], targets int64[256]`."""
+    entries = example.items() if isinstance(example, Mapping) else enumerate(_as_tuple(example))
+    words = [
+        f"{name} {str(value.dtype).removeprefix('torch.')}{list(value.shape[1:])}"
+        for name, value in entries
+        if isinstance(value, Tensor)
+    ]
+    return ", ".join(words)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested mappings, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from tensors_in(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from tensors_in(inner)
+
+
+class _Measurement:
+    """One forward pass, watched. `place` is the block that runs now; a pair (block, True) the gap after it."""
+
+    def __init__(self, forward: Forward | None, loss: Loss | None) -> None:
+        self.forward, self.loss = forward, loss
+        self.place: tuple[str, bool] = (BEFORE, False)
+        self.flops: dict[tuple[str, bool], int] = defaultdict(int)
+        self.saved: dict[tuple[str, bool], int] = defaultdict(int)
+        self.left: dict[str, int] = {}
+        self.first_seen: dict[str, tuple[str, bool]] = {}
+        self.kept: dict[int, Tensor] = {}  # by storage; holding the tensor keeps its storage's number from being reused
+        self.counted_flops = 0
+
+    def of_fake(self, build: Build, example: Any, samples: int) -> ModelProfile:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with mode:
+            module = _fake_copy(build) if isinstance(build, nn.Module) else build()
+        batch = _map_tensors(example, lambda tensor: mode.from_tensor(tensor.detach().cpu()))
+        with mode:
+            return self.run(module, batch, samples, describe(example))
+
+    def of_real(self, build: Build, example: Any, samples: int) -> ModelProfile:
+        module = copy.deepcopy(build).cpu() if isinstance(build, nn.Module) else build().cpu()
+        few = min(samples, REAL_SAMPLES)
+        batch = _map_tensors(
+            example, lambda tensor: (tensor[:few] if tensor.ndim and tensor.shape[0] == samples else tensor).cpu()
+        )
+        return self.run(module, batch, few, describe(example))
+
+    def run(self, module: nn.Module, batch: Any, samples: int, sample: str) -> ModelProfile:
+        """Forward `batch` through `module` in training mode with every hook in place."""
+        if not isinstance(module, nn.Module):
+            raise JobError(f"model() of the job returned {type(module).__name__}; it must return an nn.Module.")
+        module.train()
+        blocks = find_blocks(module)
+        fixed = {_storage(tensor) for tensor in (*module.parameters(), *module.buffers())}
+        counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU)
+        with ExitStack() as stack:
+            for handle in self._watch(module, blocks, counter, samples):
+                stack.callback(handle.remove)
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._keeper(fixed), lambda tensor: tensor))
+            stack.enter_context(counter)
+            output = call(module, batch, self.forward)
+            if self.loss is not None:
+                self.loss(output, batch)
+            self._move(self.place, counter)
+        self.left[AFTER] = sum(tensor.nbytes for tensor in tensors_in(output))
+        return self._result(module, blocks, samples, sample)
+
+    def _move(self, place: tuple[str, bool], counter: FlopCounterMode) -> None:
+        total = counter.get_total_flops()
+        self.flops[self.place] += total - self.counted_flops
+        self.counted_flops, self.place = total, place
+
+    def _keeper(self, fixed: set[int]) -> Callable[[Tensor], Tensor]:
+        def keep(tensor: Tensor) -> Tensor:
+            storage = _storage(tensor)
+            if storage not in fixed and storage not in self.kept:
+                self.kept[storage] = tensor
+                self.saved[self.place] += tensor.untyped_storage().nbytes()
+            return tensor
+
+        return keep
+
+    def _watch(
+        self, module: nn.Module, blocks: dict[str, nn.Module], counter: FlopCounterMode, samples: int
+    ) -> Iterator[Any]:
+        """Hooks that follow the run: into and out of each block, and where every other module with parameters ran."""
+
+        def entering(name: str) -> Callable[..., None]:
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if self.place == (BEFORE, False):
+                    # Tables of positions and the like come along too, but only what grows with the batch must travel.
+                    inputs = [t for t in tensors_in((args, kwargs)) if t.ndim and t.shape[0] == samples]
+                    self.left[BEFORE] = sum(tensor.nbytes for tensor in inputs)
+                self._move((name, False), counter)
+
+            return hook
+
+        def leaving(name: str) -> Callable[..., None]:
+            def hook(_: nn.Module, __: Any, output: Any) -> None:
+                self.left[name] = sum(tensor.nbytes for tensor in tensors_in(output))
+                self._move((name, True), counter)
+
+            return hook
+
+        def seeing(name: str) -> Callable[..., None]:
+            return lambda *_: self.first_seen.setdefault(name, self.place) and None
+
+        for name, block in blocks.items():
+            yield block.register_forward_pre_hook(entering(name), with_kwargs=True)
+            yield block.register_forward_hook(leaving(name))
+        for name, inner in module.named_modules():
+            if owner(name, blocks) is None:
+                yield inner.register_forward_pre_hook(seeing(name))
+
+    def _result(self, module: nn.Module, blocks: dict[str, nn.Module], samples: int, sample: str) -> ModelProfile:
+        ran = [name for name, gap in self.flops if name in blocks and not gap]
+        order = [BEFORE, *ran, *(name for name in blocks if name not in ran), AFTER]
+        last_gap = (ran[-1], True) if ran else None
+
+        def segment(place: tuple[str, bool]) -> str:
+            return AFTER if place == last_gap else place[0]
+
+        def gathered(counts: Mapping[tuple[str, bool], int]) -> dict[str, int]:
+            sums = dict.fromkeys(order, 0)
+            for place, count in counts.items():
+                sums[segment(place)] += count
+            return sums
+
+        flops, saved = gathered(self.flops), gathered(self.saved)
+        parameters, parameter_bytes = dict.fromkeys(order, 0), dict.fromkeys(order, 0)
+        for name, parameter in module.named_parameters():
+            holder = owner(name, blocks) or segment(self._place_of(name))
+            parameters[holder] += parameter.numel()
+            parameter_bytes[holder] += parameter.nbytes
+        inside = self._linears(module, blocks, segment)
+        found = tuple(
+            BlockProfile(
+                name=name if ran else WHOLE,
+                parameters=parameters[name],
+                parameter_bytes=parameter_bytes[name],
+                forward_flops=flops[name] / samples,
+                activation_bytes=round(saved[name] / samples),
+                boundary_bytes=round(self.left.get(name if ran else AFTER, 0) / samples),
+                linears=tuple(inside[name]),
+            )
+            for name in order
+            if name in blocks or parameters[name] or flops[name] or saved[name]
+        )
+        return ModelProfile(blocks=found, sample=sample, tied=tied_groups(module))
+
+    def _place_of(self, name: str) -> tuple[str, bool]:
+        """Where the module that holds parameter `name`, or else the nearest one around it that was called, ran."""
+        while name:
+            name = name.rpartition(".")[0]
+            if name in self.first_seen:
+                return self.first_seen[name]
+        return (BEFORE, False)
+
+    def _linears(
+        self, module: nn.Module, blocks: dict[str, nn.Module], segment: Callable[[tuple[str, bool]], str]
+    ) -> dict[str, list[Any]]:
+        found: dict[str, list[Any]] = defaultdict(list)
+        for linear in linears(module):
+            found[owner(linear.name, blocks) or segment(self._place_of(linear.name + ".weight"))].append(linear)
+        return found
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Two matrix products: scores and weighted values; the arguments are shapes [B, H, T, D]."""
+    batch, heads, length, dim = query
+    return int(2 * batch * heads * length * key[2] * (dim + value[3]))
+
+
+# torch counts its GPU attention kernels only.
+_ATTENTION_ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _fake_copy(module: nn.Module) -> nn.Module:
+    """The module with fake parameters and buffers of the same shapes and ties; needs no memory. Inside a fake mode."""
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        empty = torch.empty_like(parameter, device="cpu")
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    for buffer in module.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="cpu")
+    return copy.deepcopy(module, memo)
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def _map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _map_tensors(inner, change) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return tuple(_map_tensors(inner, change) for inner in value)
+    return value
+
+
+def _cannot_run(error: Exception, why_not_fake: Exception, example: Any) -> JobError:
+    return JobError(
+        f"the model cannot be profiled: {type(error).__name__}: {_first_line(error)} (and on fake tensors "
+        f"{type(why_not_fake).__name__}: {_first_line(why_not_fake)}). Its input was one batch of "
+        f"{describe(example) or type(example).__name__}. Make model() build a module whose forward takes that, or "
+        "give the job forward=lambda model, batch: ..."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")

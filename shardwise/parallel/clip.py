@@ -1,0 +1,46 @@
+"""What happens between the summed gradients and the optimizer: one multiplication, and the refusal of NaN."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from shardwise.errors import NonFiniteLoss
+from shardwise.parallel.statistics import Totals
+
+
+class Verdict(NamedTuple):
+    """The gradient's 2-norm after normalisation, the factor still to apply, and why the step is bad (or empty)."""
+
+    norm: float
+    factor: float
+    fault: str
+
+
+def judge(totals: Totals, raw_norm: float, *, scale: float, clip_norm: float | None, unit: str) -> Verdict:
+    """`raw_norm` is that of gradients of `scale` times the loss sum; `factor` makes them those of the clipped mean.
+
+    Clipping follows Pascanu et al. 2013 as torch's `clip_grad_norm_` does it. `unit` is what a slot is: rank or shard.
+    """
+    if totals.bad:
+        value = "nan" if math.isnan(totals.loss_sum) else "infinite"
+        return Verdict(math.nan, 1.0, f"the loss is {value} on {_slots(unit, totals.bad)}.")
+    if not math.isfinite(raw_norm):
+        return Verdict(raw_norm, 1.0, "the loss is finite but a gradient is nan or infinite.")
+    if totals.weight == 0:
+        return Verdict(0.0, 1.0, "")
+    factor = 1.0 / (scale * totals.weight)
+    norm = raw_norm * factor
+    if clip_norm is not None:
+        factor *= min(1.0, clip_norm / (norm + 1e-6))
+    return Verdict(norm, factor, "")
+
+
+def non_finite(fault: str) -> NonFiniteLoss:
+    """The error of a step whose loss or gradient is not finite; no parameter was changed."""
+    return NonFiniteLoss(f"{fault} No parameter was changed.")
+
+
+def _slots(unit: str, bad: list[int]) -> str:
+    shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
+    return f"{unit} {shown}"

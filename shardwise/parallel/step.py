@@ -1,0 +1,165 @@
+"""One training step on one rank: microbatches, one synchronisation, normalisation by the global weight, optimizers."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from shardwise.errors import JobError
+from shardwise.models.inputs import call
+from shardwise.parallel.blame import shapes, user_code
+from shardwise.parallel.clip import Verdict, judge, non_finite
+from shardwise.parallel.contract import pair
+from shardwise.parallel.coupling import GatheredLoss, check, outcome
+from shardwise.parallel.evaluate import evaluate
+from shardwise.parallel.parallelize import Replica
+from shardwise.parallel.precision import LossScaler
+from shardwise.parallel.statistics import Totals
+
+__all__ = ["StepResult", "evaluate", "step"]
+
+Loss = Callable[[Any, Any], tuple[Any, Any]]
+
+
+class MicroBatch(Protocol):
+    """A piece of this rank's share of a step: its batch, the seed of its random stream, its logical shard."""
+
+    @property
+    def batch(self) -> Any: ...
+    @property
+    def stream(self) -> int: ...
+    @property
+    def shard(self) -> int | None: ...
+
+
+class StepResult(NamedTuple):
+    """The mean loss over the global weight, the gradient's norm before clipping, and where the seconds went.
+
+    `comm_s` is the time spent waiting for other ranks, not what overlapped with the backward pass. With a global weight
+    of 0 nothing was counted: the loss is 0 and the step is `skipped`.
+    """
+
+    loss: float
+    weight: float
+    grad_norm: float | None
+    skipped: bool
+    compute_s: float
+    comm_s: float
+    optimizer_s: float
+
+
+def step(
+    replica: Replica,
+    optimizers: Sequence[torch.optim.Optimizer],
+    micro: Sequence[MicroBatch],
+    *,
+    loss: Loss,
+    forward: Callable[[Any, Any], Any] | None = None,
+    clip_norm: float | None = None,
+    on_nan: Literal["stop", "skip"] = "stop",
+    scaler: LossScaler | None = None,
+) -> StepResult:
+    """Compute this rank's microbatches (there may be none), agree on gradients with the other ranks, update.
+
+    Gradients are those of the loss sum over all ranks divided by the global weight. Every rank calls this for every
+    step and all return the same loss, weight and norm. Raises JobError for the user's mistakes, CommError when ranks
+    are lost, and NonFiniteLoss (unless `on_nan` is "skip") on all ranks in the same step; parameters and optimizer
+    state are then as before.
+    """
+    began = time.perf_counter()
+    scaler = scaler or replica.scaler
+    if not replica.module.training:
+        replica.module.train()
+    try:
+        totals, waited = _gradients(replica, micro, loss, forward, scaler)
+        raw_norm = replica.reducer.norm()
+        computed = time.perf_counter()
+        verdict = judge(
+            totals, raw_norm, scale=replica.scale(scaler), clip_norm=clip_norm, unit="shard" if replica.shards else "rank"
+        )
+        skipped = _skips(verdict, totals, on_nan, scaler)
+        if not skipped:
+            if verdict.factor != 1.0:
+                replica.reducer.scale(verdict.factor)
+            with user_code("the optimizer"):
+                for optimizer in optimizers:
+                    optimizer.step()
+    finally:
+        replica.reducer.clear()
+    if totals.weight > 0 and not totals.bad:
+        replica.guess = totals.weight
+    mean = totals.loss_sum / totals.weight if totals.weight else 0.0
+    ended = time.perf_counter()
+    return StepResult(
+        mean, totals.weight, verdict.norm, skipped, computed - began - waited, waited, ended - computed
+    )
+
+
+def _skips(verdict: Verdict, totals: Totals, on_nan: str, scaler: LossScaler | None) -> bool:
+    """Whether this step changes nothing; a float16 gradient that overflowed is retried at half the scale."""
+    overflowed = bool(verdict.fault) and not totals.bad
+    if scaler is not None and not totals.bad:
+        could_halve = scaler.scale > 1
+        scaler.update(finite=not verdict.fault)
+        if overflowed and could_halve:
+            return True
+    if verdict.fault and on_nan == "stop":
+        raise non_finite(verdict.fault)
+    return bool(verdict.fault) or totals.weight == 0
+
+
+def _gradients(
+    replica: Replica, micro: Sequence[MicroBatch], loss: Loss, forward: Any, scaler: LossScaler | None
+) -> tuple[Totals, float]:
+    """Forward and backward of every microbatch, then the sums over all ranks, and the seconds waited for them."""
+    replica.begin(len(micro))
+    with replica.formats.step():
+        if replica.coupled == "gather":
+            GatheredLoss(replica, loss, forward).run(micro, scaler)
+        else:
+            for index, one in enumerate(micro):
+                replica.begin_micro(index, one.shard, last=index == len(micro) - 1)
+                total = _loss_of(replica, one, loss, forward, first=index == 0, pieces=len(micro))
+                backward(total * replica.scale(scaler))
+                replica.end_micro(one.shard)
+        if not micro and replica.fresh:
+            outcome(replica, loss, verdict=0, guess=0.0)
+    totals, waited = replica.reducer.finish()
+    replica.end_step()
+    return totals, waited
+
+
+def _loss_of(replica: Replica, one: MicroBatch, loss: Loss, forward: Any, *, first: bool, pieces: int) -> Tensor:
+    """Forward and loss of one microbatch, reported to the reducer; its loss sum, ready for backward."""
+    seed(one.stream)
+    batch = replica.formats.place(one.batch)
+    with replica.formats.forward():
+        with user_code("the model", about=lambda: f"The batch was {shapes(batch)}."):
+            output = call(replica.module, batch, forward)
+        total, weight = pair(loss, output, batch)
+    if first and replica.fresh:
+        outcome(replica, loss, verdict=check(replica, loss, output, batch, pieces), guess=float(weight) * pieces)
+    replica.reducer.report(replica.axis.rank if one.shard is None or not replica.shards else one.shard, total, weight)
+    return total
+
+
+def backward(total: Tensor) -> None:
+    """Raises JobError where the loss does not depend on a parameter, or the user's own backward fails."""
+    if not total.requires_grad:
+        raise JobError(
+            "the loss does not depend on any parameter that requires a gradient, so there is nothing to train. Check that "
+            "the model is not frozen, and that the loss uses its output without detach() or .item()."
+        )
+    with user_code("backward of the loss"):
+        total.backward()
+
+
+def seed(stream: int) -> None:
+    """Start the random stream of one microbatch: torch's generators on every device, and Python's."""
+    torch.manual_seed(stream)
+    random.seed(stream)

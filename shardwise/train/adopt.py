@@ -1,0 +1,133 @@
+"""`run.prepare`: an existing script's model and loader, made to work on every rank without changing its loop."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
+
+from shardwise.comm.mesh import Mesh
+from shardwise.data.order import rank_slice
+from shardwise.errors import JobError
+from shardwise.parallel.parallelize import parallelize
+from shardwise.train.context import agree
+
+
+class Adopted:
+    """A module whose gradients are averaged over ranks by the time `backward` returns.
+
+    Each rank's loss is a mean over its own samples; where ranks have unequal numbers of them, gradients are weighted by
+    `share`: this rank's samples over the global batch's, times the number of ranks.
+    """
+
+    def __init__(self, module: nn.Module, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.share = 1.0
+        self.replica = parallelize(module, mesh.plan, mesh)
+        self._queued = False
+        self._handles: list[Any] = []
+        if mesh.world > 1:
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    self._handles.append(parameter.register_hook(self._weigh))
+                    self._handles.append(parameter.register_post_accumulate_grad_hook(self._arrived))
+
+    def loader(self, loader: DataLoader[Any]) -> Any:
+        """The loader, cut so that each of its batches is shared out over the ranks."""
+        return loader if self.mesh.world == 1 else CutLoader(loader, self)
+
+    def close(self) -> None:
+        """Give the module back as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self.replica.close()
+
+    def _weigh(self, grad: Tensor) -> Tensor | None:
+        return None if self.share == 1.0 else grad * self.share
+
+    def _arrived(self, parameter: Tensor) -> None:
+        if not self._queued:
+            self._queued = True
+            # runs when this backward pass is over; distributed data parallel in torch finishes the same way
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # type: ignore[attr-defined]
+
+    def _finish(self) -> None:
+        self._queued = False
+        self.replica.synchronise()
+
+
+class CutLoader:
+    """A DataLoader over this rank's part of each global batch; `len` is that of the original."""
+
+    def __init__(self, loader: DataLoader[Any], adopted: Adopted) -> None:
+        if loader.batch_sampler is None:
+            raise JobError(
+                "the DataLoader given to run.prepare has no batch sampler (an iterable data set or batch_size=None), so "
+                "its batches cannot be shared out. Use sw.session(model=..., data=...), which takes iterable data sets."
+            )
+        if isinstance(loader.sampler, DistributedSampler):
+            raise JobError(
+                "the DataLoader given to run.prepare has a DistributedSampler; run.prepare shares out the batches. "
+                "Remove the sampler and make batch_size the global batch."
+            )
+        self.adopted = adopted
+        self.original = loader
+        self.sizes: deque[float] = deque()
+        self.dataset = loader.dataset
+        self._inner: DataLoader[Any] = DataLoader(
+            loader.dataset,
+            batch_sampler=_Cut(loader, self),
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
+            pin_memory=loader.pin_memory,
+            timeout=loader.timeout,
+            worker_init_fn=loader.worker_init_fn,
+            persistent_workers=loader.persistent_workers,
+            generator=loader.generator,
+        )
+
+    def __len__(self) -> int:
+        return len(self.original)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.sizes.clear()
+        for batch in self._inner:
+            self.adopted.share = self.sizes.popleft()
+            yield batch
+
+
+class _Cut(torch.utils.data.Sampler[list[int]]):
+    """This rank's indices of every global batch. A rank without a sample gets one that weighs nothing."""
+
+    def __init__(self, loader: DataLoader[Any], cut: CutLoader) -> None:
+        self.loader = loader
+        self.cut = cut
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        mesh = self.cut.adopted.mesh
+        assert self.loader.batch_sampler is not None
+        for batch in _same_order(self.loader, mesh):
+            mine = rank_slice(len(batch), mesh.world, mesh.rank)
+            self.cut.sizes.append(len(mine) * mesh.world / len(batch))
+            yield [batch[i] for i in mine] or [batch[0]]
+
+
+def _same_order(loader: DataLoader[Any], mesh: Mesh) -> Iterator[list[int]]:
+    """The loader's own batches, in rank 0's order on every rank, and in the order of one process with its seed."""
+    sampler: Any = loader.sampler
+    seeded = not isinstance(sampler, RandomSampler) or sampler.generator is not None
+    if not seeded:
+        drawn = int(torch.empty((), dtype=torch.int64).random_().item())
+        sampler.generator = torch.Generator().manual_seed(int(agree(mesh, str(drawn))))
+    try:
+        yield from loader.batch_sampler  # type: ignore[misc]
+    finally:
+        if not seeded:
+            sampler.generator = None

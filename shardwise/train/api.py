@@ -1,0 +1,325 @@
+"""The verbs as functions: `sw.plan`, `sw.train`, `sw.show`, `sw.sample`, `sw.evaluate`, `sw.export`."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from shardwise import events
+from shardwise.cluster.discover import discover
+from shardwise.cluster.process import Starter
+from shardwise.cluster.ranks import RankExits, run_ranks
+from shardwise.errors import ClusterError, JobError, ShardwiseError, SpecError
+from shardwise.observe import runs as known_runs
+from shardwise.observe import summary as summaries
+from shardwise.plan.explain import explain
+from shardwise.plan.search import search
+from shardwise.spec import files
+from shardwise.spec.cluster import Cluster
+from shardwise.spec.job import JobFacts
+from shardwise.spec.plan import Plan, build_plan, parse_plan
+from shardwise.spec.profile import ModelProfile
+from shardwise.train import capture, cells, start
+from shardwise.train.folder import RunFolder
+from shardwise.train.probe import Probe, probe
+
+Job = str | Path | Callable[..., Any]
+Sets = Sequence[str] | Mapping[str, Any]
+
+
+class PlanReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What `plan` found: the Plan and what it was chosen from."""
+
+    plan: Plan
+    profile: ModelProfile
+    cluster: Cluster
+    facts: JobFacts
+
+    def text(self) -> str:
+        """Several lines for a terminal."""
+        return explain(self.plan, self.profile, self.cluster, self.facts)
+
+    def _repr_html_(self) -> str:
+        from shardwise.observe.html import plan_html
+
+        return plan_html(self.plan)
+
+
+class RunResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What `train` did: the run's folder, its summary and its status (`finished`, `stopped`)."""
+
+    path: Path
+    status: str
+    summary: summaries.Summary
+    exit_code: int = 0
+
+    def _repr_html_(self) -> str:
+        from shardwise.observe.html import summary_html
+
+        return summary_html(self.summary)
+
+
+def plan(
+    job: Job, *, sets: Sets = (), plan: str | None = None, cluster: str | Path | None = None, **parameters: Any
+) -> PlanReport:
+    """What would happen here (or on the cluster of a file), and why. Raises SpecError, JobError, NoPlanFits."""
+    with closing(start.take()) as starter:
+        found = _look(starter, _source(job), _sets(sets, parameters))
+    machines = files.load(cluster, Cluster) if cluster else discover()
+    chosen = search(found.profile, machines, found.facts, parse_plan(plan or ""))
+    return PlanReport(plan=chosen, profile=found.profile, cluster=machines, facts=found.facts)
+
+
+def train(
+    job: Job,
+    *,
+    sets: Sets = (),
+    plan: str | None = None,
+    on: Literal["local", "env"] = "local",
+    resume: str | None = None,
+    runs: str | Path = "runs",
+    display: bool = True,
+    name: str | None = None,
+    args: Sequence[str] = (),
+    **parameters: Any,
+) -> RunResult:
+    """Train a job (a file, `file.py:function`, or a function) in new processes; returns when it has finished.
+
+    A file without a job function is a script: every rank runs it, with `args`. Every call opens a new run folder in
+    `runs`; `resume` (a run's name, path, or `latest`) goes on with an old one and refuses a changed job. Raises the
+    ShardwiseError that ended the run.
+    """
+    _refuse_nested()
+    if on not in ("local", "env"):
+        raise SpecError(f"--on {on} is not a place to run on; use local, or env under torchrun, Slurm or MPI.")
+    source = _source(job) if not isinstance(job, str | Path) else capture.find_job(str(job))
+    if on == "env":
+        return _train_here(job, sets, parameters, plan, resume, runs, name)
+    with closing(start.take()) as starter:
+        if source is None:
+            return _run_script(starter, Path(str(job)), args, plan, Path(runs), display)
+        folder, steps = prepare_run(starter, source, _sets(sets, parameters), plan, resume, Path(runs), name)
+        return _launch(starter, folder, {}, display=display, steps=steps, resumed=resume is not None)
+
+
+def show(run: str | Path = "latest", *, runs: str | Path = "runs") -> summaries.Summary:
+    """The summary of a run; writes its `report.html`. Raises RunError when there is no such run."""
+    from shardwise.observe.report import write_report
+
+    path = known_runs.find_run(run, Path(runs))
+    write_report(path)
+    return summaries.read(path)
+
+
+def sample(run: str | Path = "latest", prompt: str = "", **options: Any) -> Iterator[str]:
+    """Pieces of text that the run's model goes on with after `prompt`; see `train.use.sample`."""
+    from shardwise.train import use
+
+    return use.sample(_folder(run, options.pop("runs", "runs")), prompt, **options)
+
+
+def evaluate(run: str | Path = "latest", *, runs: str | Path = "runs", checkpoint: str = "latest") -> dict[str, float]:
+    """Loss and metrics of a checkpoint on the job's held-out samples, computed in this process."""
+    from shardwise.train import use
+
+    return use.evaluate(_folder(run, runs), checkpoint=checkpoint)
+
+
+def export(
+    run: str | Path = "latest",
+    *,
+    to: Literal["safetensors", "dcp", "transformers"],
+    out: str | Path,
+    runs: str | Path = "runs",
+    checkpoint: str = "latest",
+) -> Path:
+    """Write the run's weights in another format to `out`; returns its path. Raises CheckpointError."""
+    from shardwise.train import use
+
+    return use.export(_folder(run, runs), to=to, out=Path(out), checkpoint=checkpoint)
+
+
+def prepare_run(
+    starter: Starter | None,
+    source: capture.JobSource,
+    sets: Mapping[str, Any],
+    plan_text: str | None,
+    resume: str | None,
+    root: Path,
+    name: str | None,
+) -> tuple[RunFolder, int]:
+    """Look at the job, choose its plan, and open its run folder (or the old one to resume); (folder, steps)."""
+    old = _folder(resume, root) if resume else None
+    if old is not None and not sets:
+        sets = old.record().parameters
+    found = _look(starter, source, sets)
+    if old is not None:
+        old.refuse_changed_job(found.sources, found.parameters)
+    machines = discover()
+    fixed = parse_plan(plan_text) if plan_text else {}
+    if old is not None and not plan_text:
+        fixed = {"exact": files.load(old.path / "plan.json", Plan).exact}
+    chosen = search(found.profile, machines, found.facts, fixed)
+    folder = old or RunFolder.create(root, name=name or source.function.replace("job", Path(source.path).stem))
+    if old is None:
+        folder.write_job(source, found.parameters, found.sources)
+    folder.write_plan(chosen, machines, found.profile)
+    with _recording(folder):
+        job_name = f"{source.path}:{source.function}"
+        events.emit(
+            "run_started",
+            run=folder.path.name,
+            job=job_name,
+            ranks=chosen.ranks,
+            plan=str(chosen),
+            steps=found.facts.steps,
+            predicted=msgspec.to_builtins(chosen.predicted),
+        )
+        events.emit("data_ready", facts=found.data, seconds=found.seconds)
+    return folder, found.facts.steps
+
+
+def open_run(**told: Any) -> Path:
+    """`prepare_run` in this process, for a rank that a foreign launcher started."""
+    folder, _ = prepare_run(None, **told)
+    return folder.path
+
+
+def _launch(
+    starter: Starter, folder: RunFolder, more: dict[str, Any], *, display: bool, steps: int | None, resumed: bool
+) -> RunResult:
+    """Run the folder's plan with the local launcher, show it, and record how it ended."""
+    from shardwise.observe.live import Display
+
+    chosen = files.load(folder.path / "plan.json", Plan)
+    began = time.perf_counter()
+    with ExitStack() as stack:
+        shown = stack.enter_context(Display(folder.path, of_steps=steps)) if display else None
+        exits = run_ranks(
+            starter,
+            "shardwise.train.worker:main",
+            lambda rank: {"run": str(folder.path.resolve()), **more},
+            chosen.ranks,
+            logs=folder.logs,
+            on_poll=shown.poll if shown else lambda: None,
+        )
+        failure = exits.failure()
+        status = "stopped" if exits.stop_signal else "failed" if failure else "finished"
+        with _recording(folder):
+            if failure is not None:
+                events.emit("run_failed", kind=type(failure).__name__, message=str(failure))
+            last = summaries.read(folder.path).step
+            events.emit("run_finished", step=last, seconds=time.perf_counter() - began, status=status)
+    return _result(folder, status, exits, failure)
+
+
+def _result(folder: RunFolder, status: str, exits: RankExits, failure: ShardwiseError | None) -> RunResult:
+    if failure is not None and not exits.stop_signal:
+        raise failure
+    code = 128 + exits.stop_signal if exits.stop_signal else 0
+    return RunResult(path=folder.path, status=status, summary=summaries.read(folder.path), exit_code=code)
+
+
+def _run_script(
+    starter: Starter, script: Path, args: Sequence[str], plan_text: str | None, root: Path, display: bool
+) -> RunResult:
+    """Every rank runs the user's script, which opens a session of its own."""
+    machines = discover()
+    fixed = {"data": len(machines.devices), **(parse_plan(plan_text) if plan_text else {})}
+    chosen = build_plan(fixed)
+    folder = RunFolder.create(root, name=script.stem)
+    source = capture.JobSource(folder=str(script.resolve().parent), path=script.name, function="")
+    folder.write_job(source, {"args": list(args)}, {script.name: script.read_text(encoding="utf-8")})
+    folder.write_plan(chosen, machines, None)
+    with _recording(folder):
+        events.emit("run_started", run=folder.path.name, job=script.name, ranks=chosen.ranks, plan=str(chosen))
+    more = {"script": [str(script.resolve()), *args]}
+    return _launch(starter, folder, more, display=display, steps=None, resumed=False)
+
+
+def _train_here(
+    job: Job,
+    sets: Sets,
+    parameters: dict[str, Any],
+    plan: str | None,
+    resume: str | None,
+    runs: str | Path,
+    name: str | None,
+) -> RunResult:
+    """This process is a rank already."""
+    from shardwise.train import worker
+
+    path = worker.environment(
+        {
+            "source": _source(job),
+            "sets": _sets(sets, parameters),
+            "plan_text": plan,
+            "resume": resume,
+            "root": Path(runs),
+            "name": name,
+        }
+    )
+    return RunResult(path=path, status="finished", summary=summaries.read(path))
+
+
+def _look(starter: Starter | None, source: capture.JobSource, sets: Mapping[str, Any]) -> Probe:
+    """What the probing process finds of a job; in this process when there is no starter."""
+    if starter is None:
+        return probe(source, sets)
+    with tempfile.TemporaryDirectory(prefix="shardwise-") as scratch:
+        out = Path(scratch) / "probe.json"
+        told = {"source": msgspec.to_builtins(source), "sets": dict(sets), "out": str(out)}
+        exits = run_ranks(starter, "shardwise.train.probe:entry", lambda rank: told, 1, logs=Path(scratch))
+        log = (Path(scratch) / "rank-0.log").read_text(errors="replace")
+        failure = exits.failure()
+        if exits.stop_signal:
+            raise KeyboardInterrupt
+        if failure is not None:
+            raise failure
+        sys.stdout.write(log)
+        return files.load(out, Probe)
+
+
+def _source(job: Job) -> capture.JobSource:
+    if callable(job):
+        return cells.source_of(job)
+    found = capture.find_job(str(job))
+    if found is None:
+        raise JobError(
+            f"{job} has no job: no function named job and none annotated '-> sw.TrainJob'. "
+            "Add one, or run the file as a script with: shardwise train."
+        )
+    return found
+
+
+def _sets(sets: Sets, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    given = dict(sets) if isinstance(sets, Mapping) else capture.parse_sets(sets)
+    return {**given, **parameters}
+
+
+def _folder(run: str | Path, root: str | Path) -> RunFolder:
+    return RunFolder(known_runs.find_run(run, Path(root)))
+
+
+def _recording(folder: RunFolder) -> Any:
+    stack = ExitStack()
+    lines = events.JsonLines(folder.events)
+    stack.callback(lines.close)
+    stack.enter_context(events.sink(lines))
+    return stack
+
+
+def _refuse_nested() -> None:
+    context = sys.modules.get("shardwise.train.context")
+    if context is not None and context.launched():
+        raise ClusterError(
+            "sw.train was called in a rank of another run. In a script that starts runs, put the call under "
+            "if __name__ == '__main__': so that importing the file does not start one."
+        )
