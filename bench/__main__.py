@@ -11,6 +11,7 @@ from typing import Any
 
 from bench import machine
 from bench.options import Options
+from bench.rounds import Lost
 from bench.rows import Row, result, table, write
 
 BENCHMARKS = {
@@ -38,7 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run=parsed.run,
     )
     run: Callable[[Options], list[Row]] = import_module(f"bench.{parsed.name}").run
-    rows = run(options)
+    try:
+        rows = run(options)
+    except Lost as lost:
+        print(f"bench {parsed.name} could not run: {lost}", file=sys.stderr)
+        return 1
     print(table(rows))
     if parsed.json:
         write(parsed.json, result(parsed.name, about, rows, quick=parsed.quick))

@@ -38,13 +38,20 @@ def missing(case: str, system: str, metric: str, unit: str, better: str, install
 
 
 def ratio(
-    case: str, system: str, base: str, values: Sequence[float], others: Sequence[float], *, target: str | None = None
+    case: str,
+    system: str,
+    base: str,
+    values: Sequence[float],
+    others: Sequence[float],
+    *,
+    better: str = "lower",
+    target: str | None = None,
 ) -> Row:
     """The row `ratio_to_<base>`: one paired ratio a round, their median and its interval `low` to `high`."""
     ratios = paired(values, others)
     low, high = interval(ratios) if ratios else (None, None)
     metric = f"ratio_to_{base}"
-    return row(case, system, metric, "x", "lower", ratios, target=target, low=low, high=high, interval=METHOD)
+    return row(case, system, metric, "x", better, ratios, target=target, low=low, high=high, interval=METHOD)
 
 
 def result(bench: str, machine: dict[str, Any], rows: Iterable[Row], *, quick: bool) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo  # optimizers import it; once here instead of in every forked rank
 import torch.distributed as dist
 
 from shardwise.comm.mesh import Mesh, connect
@@ -37,7 +38,9 @@ class RankFailed(AssertionError):
     """A rank raised or died; the text is its traceback."""
 
 
-def run_ranks(n: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 60, may_die: tuple[int, ...] = ()) -> list[Any]:
+def run_ranks(
+    n: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 60, may_die: tuple[int, ...] = ()
+) -> list[Any]:
     """Call `fn(Rank, *args)` on `n` forked ranks with one torch thread each; their results in rank order.
 
     Raises RankFailed with the first rank's traceback, or when a rank ends without a result (unless it is in
@@ -96,9 +99,11 @@ def _child(rank: int, n: int, listener: Any, writer: int, fn: Callable[..., Any]
 
 def _leave_together(store: dist.Store, rank: int, n: int) -> None:
     """The rank that serves the store leaves last, or the others would see it end; a dead rank is not waited for long."""
-    store.add("tests/finished", 1)
+    if rank != 0:
+        store.set(f"tests/finished/{rank}", "")  # unlike add, this waits for no answer
+        return
     end = time.monotonic() + 3
-    while rank == 0 and store.add("tests/finished", 0) < n and time.monotonic() < end:
+    while time.monotonic() < end and not store.check([f"tests/finished/{r}" for r in range(1, n)]):
         time.sleep(0.005)
 
 

@@ -6,12 +6,15 @@ import hashlib
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from msgspec import Struct
+from safetensors import SafetensorError
 from torch import nn
 
 from shardwise.checkpoint.load import newest_whole, read_tensors, scalars_of
@@ -76,11 +79,13 @@ def export(
             _write(work, "tokenizer.json", Path(tokenizer).read_bytes())
             _write(work, "tokenizer_config.json", json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}).encode())
         work.target.publish(work.folder, place.name)
-    except OSError as error:
-        raise CheckpointError(f"the export to {place} failed: {error.strerror or error}. Give another place.") from None
+    except (OSError, SafetensorError, CheckpointException) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"the export to {place} failed: {reason}. Make room there or give another place.") from None
     finally:
-        if work.folder in work.target.folders():
-            work.target.remove(work.folder)
+        with suppress(OSError):
+            if work.folder in work.target.folders():
+                work.target.remove(work.folder)
     return place
 
 
@@ -106,7 +111,9 @@ def _to_dcp(work: _Export) -> None:
 
     model: dict[str, Any] = _model(work)
     model |= {name: model[first] for name, first in _tied(work).items()}
-    save({"model": model, "optim": _optimizers(work)}, checkpoint_id=str(work.at), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that no_dist is what we asked for
+        save({"model": model, "optim": _optimizers(work)}, checkpoint_id=str(work.at), no_dist=True)
 
 
 def _to_transformers(work: _Export) -> None:

@@ -106,7 +106,10 @@ def committed(store: Store) -> list[str]:
     try:
         found = store.folders()
     except OSError as error:
-        raise CheckpointError(f"cannot list the checkpoints in {store.where('')}: {error.strerror}.") from None
+        raise CheckpointError(
+            f"cannot list the checkpoints in {store.where('')}: {error.strerror}. Make that folder readable, or choose "
+            "another place for the run."
+        ) from None
     return sorted((name for name in found if _FOLDER.fullmatch(name)), key=_parse_folder, reverse=True)
 
 
@@ -147,10 +150,11 @@ def read(store: Store, folder: str) -> Manifest:
             raise DamagedCheckpoint(f"{where}/{MANIFEST} has {num_bytes} bytes, more than any real one.")
         manifest = _decode(store.read(folder, MANIFEST), where)
         _check(manifest)
-        unpack(manifest.scalars)
+        if not isinstance(unpack(manifest.scalars), dict):
+            raise ValueError("its scalars are no dict")
     except OSError as error:
         raise DamagedCheckpoint(f"{where} cannot be read: {error.strerror}.") from None
-    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+    except (msgspec.DecodeError, ValueError, TypeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{where}/{MANIFEST} is damaged: {error}.") from None
     return structs.replace(manifest, folder=folder)
 

@@ -185,7 +185,7 @@ class _Attempt:
     def _record_of(self, rank: int) -> RankRecord:
         try:
             record = msgspec.json.decode(self.store.read(self.pending, record_name(rank)), type=RankRecord)
-        except FileNotFoundError:
+        except (FileNotFoundError, msgspec.DecodeError):  # on a full disk it may be there and empty
             record = RankRecord(failure=f"rank {rank} left no record; its log has the reason.")
         if record.failure:
             raise CheckpointError(f"rank {rank}: {record.failure}" if rank else record.failure)

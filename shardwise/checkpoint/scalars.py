@@ -53,5 +53,7 @@ def _unpack_tagged(tag: str, inner: Any) -> Any:
     if tag == "$tuple" and isinstance(inner, list):
         return tuple(unpack(item) for item in inner)
     if tag == "$dict" and isinstance(inner, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in inner):
-        return {unpack(key): unpack(item) for key, item in inner}
+        keys = [unpack(key) for key, _ in inner]
+        if all(isinstance(key, str | int | float | bool | tuple | None) for key in keys):
+            return dict(zip(keys, (unpack(item) for _, item in inner), strict=True))
     raise ValueError(f"unknown value {tag}")

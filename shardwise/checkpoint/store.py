@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as parse_safetensors
+from safetensors import SafetensorError, deserialize, safe_open
 
-from shardwise.checkpoint.tensorfile import DTYPES
+from shardwise.checkpoint.tensorfile import DTYPES, dtype_of
 from shardwise.spec.layout import Box, Shape, whole
 
 Chunk = bytes | memoryview
@@ -112,12 +111,19 @@ class LocalStore:
         (self.path / _plain(folder)).mkdir(parents=True)
 
     def write(self, folder: str, name: str, chunks: Iterable[Chunk], *, durable: bool = True) -> None:
-        with open(self._file(folder, name), "xb") as out:
-            for chunk in chunks:
-                out.write(chunk)
-            out.flush()
-            if durable:
-                os.fsync(out.fileno())
+        path = self._file(folder, name)
+        try:
+            with open(path, "xb") as out:
+                for chunk in chunks:
+                    out.write(chunk)
+                out.flush()
+                if durable:
+                    os.fsync(out.fileno())
+        except FileExistsError:
+            raise
+        except OSError:
+            path.unlink(missing_ok=True)  # makes room for the record that says why
+            raise
 
     def sizes(self, folder: str) -> dict[str, int]:
         found = {}
@@ -207,7 +213,7 @@ class MemoryStore:
     @contextmanager
     def tensors(self, folder: str, name: str) -> Iterator[TensorFile]:
         try:
-            found = parse_safetensors(self.read(folder, name))
+            found = dict(deserialize(self.read(folder, name)))
         except SafetensorError as error:
             raise ValueError(f"not a safetensors file ({error})") from None
         yield _MemoryTensors(found)
@@ -259,17 +265,18 @@ class _LocalTensors:
 
 
 class _MemoryTensors:
-    def __init__(self, found: dict[str, torch.Tensor]) -> None:
+    def __init__(self, found: dict[str, Any]) -> None:
         self._found = found
 
     def shape(self, key: str) -> Shape:
-        return tuple(self._found[key].shape)
+        return tuple(self._found[key]["shape"])
 
     def dtype(self, key: str) -> str:
-        return str(self._found[key].dtype).removeprefix("torch.")
+        return _TORCH_NAMES.get(self._found[key]["dtype"], "unknown")
 
     def part(self, key: str, box: Box) -> torch.Tensor:
-        return self._found[key][box.slices]
+        flat = torch.frombuffer(self._found[key]["data"], dtype=dtype_of(self.dtype(key)))
+        return flat.reshape(self.shape(key))[box.slices]
 
 
 def _plain(name: str) -> str:

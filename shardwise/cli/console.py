@@ -20,22 +20,26 @@ def print_topics(lines: Sequence[str]) -> None:
     shown.highlight_regex(r"(?m)^(run|job|plan|data|loss|held out|rate|time|memory|checkpoint|resumed)\b", "bold")
     shown.highlight_regex(r"(?m)^(warning|skipped)\b", "bold yellow")
     shown.highlight_regex(r"(?m)^failed\b", "bold red")
-    Console(highlight=False).print(shown, soft_wrap=True)
+    Console(highlight=False).print(shown, soft_wrap=True, end="")
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table without borders, one line a row, never cut off when the output is not a terminal."""
+    """A table, one line a row where the output is not a terminal. An empty `head` leaves the headings out."""
+    if not sys.stdout.isatty():
+        print_topics(aligned([head, *rows] if head else rows))
+        return
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD if sys.stdout.isatty() else None, pad_edge=False, header_style="bold")
-    for name in head:
-        table.add_column(name, no_wrap=not sys.stdout.isatty())
+    table = Table(*head, box=box.SIMPLE_HEAD, pad_edge=False, show_header=bool(head))
     for row in rows:
         table.add_row(*map(Text, row))
-    width = (
-        None if sys.stdout.isatty() else 4 + sum(max(map(len, column)) + 2 for column in zip(head, *rows, strict=True))
-    )
-    Console(width=width, highlight=False).print(table)
+    Console(highlight=False).print(table)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as lines whose columns begin under each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

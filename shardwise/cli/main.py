@@ -46,3 +46,7 @@ def _full_disk(error: OSError) -> int:
     place = f" that holds {error.filename}" if error.filename else ""
     sys.stderr.write(f"shardwise: the disk{place} is full. Free some space, or put runs elsewhere with --runs DIR.\n")
     return 8
+
+
+if __name__ == "__main__":
+    main()

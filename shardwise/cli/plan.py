@@ -12,7 +12,7 @@ Machines = Annotated[str | None, typer.Option("--cluster", metavar="CLUSTER", he
 
 
 def plan(file: JobFile, sets: Sets = None, plan: PlanText = None, cluster: Machines = None) -> None:
-    """Show how a job would be split here, and what a step would cost."""
+    """Show how a job would be split here, and its cost."""
     from shardwise.train import api
 
     report = api.plan(file, sets=sets or [], plan=plan, cluster=cluster)

@@ -18,7 +18,7 @@ To = Annotated[
 
 
 def show(run: RunName = "latest", runs: Runs = Path("runs"), json: Json = False, to: To = None) -> None:
-    """Sum up a run: loss, rate, where the time went, predicted beside measured; write report.html."""
+    """Sum up a run, and write its report.html."""
     from shardwise.observe import report, summary, trackers
     from shardwise.observe.runs import find_run
 

@@ -13,7 +13,7 @@ On = Annotated[str, typer.Option("--on", metavar="WHERE", help="local, or env: u
 Resume = Annotated[str | None, typer.Option("--resume", metavar="RUN", help="Go on with this run; latest is one too.")]
 Name = Annotated[str | None, typer.Option("--name", help="What the run's folder is called, after its date.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-Words = Annotated[list[str] | None, typer.Argument(metavar="[-- ARGS]", help="Arguments of a plain script.")]
+Words = Annotated[list[str] | None, typer.Argument(metavar="ARGS", help="Arguments of a plain script, after --.")]
 
 
 def train(

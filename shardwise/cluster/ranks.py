@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -136,7 +136,7 @@ def run_ranks(
                 on_poll()
                 _act(starter, watch, rank_of, clock())
         finally:
-            _kill(starter, rank_of)
+            _kill(starter, rank_of, clock)
     found.stop_signal = watch.stop_signal
     return found
 
@@ -192,19 +192,21 @@ def _act(starter: Starter, watch: Supervision, rank_of: dict[int, int], now: flo
             starter.signal(pid, signal.SIGTERM if action == "terminate" else signal.SIGKILL)
     elif action == "give_up":
         stuck = ", ".join(f"{rank} (pid {pid})" for pid, rank in rank_of.items())
+        rank_of.clear()
         raise ClusterError(
             f"rank {stuck} is still there {KILL_LIMIT_S:.0f} s after SIGKILL. Look for a stuck device or disk."
         )
 
 
-def _kill(starter: Starter, rank_of: dict[int, int]) -> None:
+def _kill(starter: Starter, rank_of: dict[int, int], clock: Callable[[], float]) -> None:
     """Kill and collect the ranks that an exception left behind."""
-    limit = time.monotonic() + KILL_LIMIT_S
-    for pid in rank_of:
-        starter.signal(pid, signal.SIGKILL)
-    while rank_of and time.monotonic() < limit:
-        for pid, _ in starter.wait(0.1):
-            rank_of.pop(pid, None)
+    limit = clock() + KILL_LIMIT_S
+    with suppress(ClusterError):  # a zygote that died has taken its ranks along, and its error is on the way already
+        for pid in rank_of:
+            starter.signal(pid, signal.SIGKILL)
+        while rank_of and clock() < limit:
+            for pid, _ in starter.wait(0.1):
+                rank_of.pop(pid, None)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
+import torch.distributed.distributed_c10d as dist
 
 from shardwise.errors import CommError, MissingPackage
 
@@ -27,14 +27,14 @@ def gloo(store: dist.Store, rank: int, size: int, *, timeout_s: float, host: str
 
     Raises CommError when the ranks do not find each other within `timeout_s` seconds.
     """
-    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options = dist.ProcessGroupGloo._Options()
     make = dist.ProcessGroupGloo
     options._devices = [make.create_device(hostname=host) if host is not None else make.create_default_device()]
     options._threads = threads
     options._timeout = timedelta(seconds=timeout_s)
     before = _connected()
     try:
-        backend = dist.ProcessGroupGloo(store, rank, size, options)  # type: ignore[arg-type]
+        backend = dist.ProcessGroupGloo(store, rank, size, options)
     except RuntimeError as error:
         raise CommError(
             f"rank {rank} could not connect to the other {size - 1} rank(s) within {timeout_s:g} s: "
@@ -51,7 +51,7 @@ def nccl(store: dist.Store, rank: int, size: int, *, timeout_s: float, host: str
             "(see https://pytorch.org), or plan for the CPU."
         )
     options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timedelta(seconds=timeout_s)  # type: ignore[misc]
+    options._timeout = timedelta(seconds=timeout_s)
     return Inner(dist.ProcessGroupNCCL(store, rank, size, options))
 
 

@@ -1,5 +1,8 @@
 """`Group`: one process group for every axis, over gloo and nccl, with one order, tags, byte counts and a real abort."""
 
+# mypy: disable-error-code="override"
+# torch's stubs overload each operation for callers that do not exist here; these take the union of what torch passes.
+
 from __future__ import annotations
 
 import collections
@@ -11,8 +14,8 @@ from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
-import torch.distributed.distributed_c10d as c10d
+import torch.distributed.distributed_c10d as dist
+from torch._C._distributed_c10d import Backend as NativeBackend
 
 from shardwise.comm.backends import BACKENDS, Inner, hang_up
 from shardwise.comm.store import LOOPBACK, first_line
@@ -54,7 +57,7 @@ class Group(dist.ProcessGroup):
         timeout_s: float = 600.0,
         settings: GroupSettings = GroupSettings(),
     ) -> None:
-        super().__init__(rank, size)
+        super().__init__(store, rank, size)
         self._store = store
         self._inners = inners
         self._lock = threading.Lock()
@@ -71,7 +74,7 @@ class Group(dist.ProcessGroup):
         self.asynchronous = "cuda" in inners
         kinds = {"cpu": dist.ProcessGroup.BackendType.GLOO, "cuda": dist.ProcessGroup.BackendType.NCCL}
         for device, inner in inners.items():
-            if isinstance(inner.backend, dist.Backend):  # what is not overridden below falls through to it
+            if isinstance(inner.backend, NativeBackend):  # what is not overridden below falls through to it
                 self._register_backend(torch.device(device), kinds[device], inner.backend)
 
     # Identity, as torch.distributed asks for it.
@@ -209,16 +212,16 @@ class Group(dist.ProcessGroup):
 
     def all_reduce(self, tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> GuardedWork:
         """Start the in-place sum (or `op`) of `tensor` over the ranks; wait on what is returned."""
-        options = c10d.AllreduceOptions()
+        options = dist.AllreduceOptions()
         options.reduceOp = op
         return self._run("all_reduce", [tensor], lambda inner: inner.allreduce([tensor], options))
 
     def allreduce(self, tensors: Any, opts: Any = None, timeout: timedelta | None = None) -> GuardedWork:
-        opts = _options(c10d.AllreduceOptions, opts, timeout)
+        opts = _options(dist.AllreduceOptions, opts, timeout)
         return self._run("all_reduce", tensors, lambda inner: inner.allreduce(_list(tensors), opts))
 
     def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> GuardedWork:
-        opts = opts or c10d.AllreduceCoalescedOptions()
+        opts = opts or dist.AllreduceCoalescedOptions()
         return self._run("all_reduce_coalesced", tensors, lambda inner: inner.allreduce_coalesced(tensors, opts))
 
     def broadcast(
@@ -226,44 +229,42 @@ class Group(dist.ProcessGroup):
     ) -> GuardedWork:
         if root is not None or isinstance(opts, int):
             source = root if root is not None else opts
-            opts = c10d.BroadcastOptions()
+            opts = dist.BroadcastOptions()
             opts.rootRank = source
-        opts = _options(c10d.BroadcastOptions, opts, timeout)
+        opts = _options(dist.BroadcastOptions, opts, timeout)
         return self._run("broadcast", tensors, lambda inner: inner.broadcast(_list(tensors), opts))
 
     def reduce(self, tensors: Any, opts: Any = None) -> GuardedWork:
-        return self._run("reduce", tensors, lambda inner: inner.reduce(_list(tensors), opts or c10d.ReduceOptions()))
+        return self._run("reduce", tensors, lambda inner: inner.reduce(_list(tensors), opts or dist.ReduceOptions()))
 
-    def allgather(
-        self, outputs: Any, inputs: Any, opts: Any = None, timeout: timedelta | None = None
-    ) -> GuardedWork:
+    def allgather(self, outputs: Any, inputs: Any, opts: Any = None, timeout: timedelta | None = None) -> GuardedWork:
         if isinstance(inputs, torch.Tensor):
             outputs, inputs = [outputs], [inputs]
-        opts = _options(c10d.AllgatherOptions, opts, timeout)
+        opts = _options(dist.AllgatherOptions, opts, timeout)
         return self._run("all_gather", inputs, lambda inner: inner.allgather(outputs, inputs, opts))
 
     def all_gather_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> GuardedWork:
-        opts = _options(c10d.AllgatherOptions, opts, None)
+        opts = _options(dist.AllgatherOptions, opts, None)
         return self._run("all_gather", [input], lambda inner: inner._allgather_base(output, input, opts))
 
-    _allgather_base = all_gather_single
+    _allgather_base = all_gather_single  # type: ignore[assignment]
 
     def allgather_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> GuardedWork:
-        opts = _options(c10d.AllgatherOptions, opts, None)
+        opts = _options(dist.AllgatherOptions, opts, None)
         return self._run("all_gather", inputs, lambda inner: inner.allgather_coalesced(outputs, inputs, opts))
 
     def all_gather_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> GuardedWork:
         works = [self.all_gather_single(o, i, opts) for o, i in zip(outputs, inputs, strict=True)]
         return self._together(works, outputs)
 
-    allgather_into_tensor_coalesced = all_gather_single_coalesced
+    allgather_into_tensor_coalesced = all_gather_single_coalesced  # type: ignore[assignment]
 
     def gather(self, outputs: Any, inputs: Any, opts: Any = None) -> GuardedWork:
-        opts = opts or c10d.GatherOptions()
+        opts = opts or dist.GatherOptions()
         return self._run("gather", inputs, lambda inner: inner.gather(outputs, _list(inputs), opts))
 
     def scatter(self, outputs: Any, inputs: Any, opts: Any = None) -> GuardedWork:
-        opts = opts or c10d.ScatterOptions()
+        opts = opts or dist.ScatterOptions()
         return self._run("scatter", outputs, lambda inner: inner.scatter(_list(outputs), inputs, opts))
 
     def reduce_scatter(
@@ -271,20 +272,20 @@ class Group(dist.ProcessGroup):
     ) -> GuardedWork:
         if isinstance(outputs, torch.Tensor):
             outputs, inputs = [outputs], [inputs]
-        opts = _options(c10d.ReduceScatterOptions, opts, timeout)
+        opts = _options(dist.ReduceScatterOptions, opts, timeout)
         return self._run("reduce_scatter", inputs, lambda inner: inner.reduce_scatter(outputs, inputs, opts))
 
     def reduce_scatter_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> GuardedWork:
-        opts = _options(c10d.ReduceScatterOptions, opts, None)
+        opts = _options(dist.ReduceScatterOptions, opts, None)
         return self._run("reduce_scatter", [input], lambda inner: inner._reduce_scatter_base(output, input, opts))
 
-    _reduce_scatter_base = reduce_scatter_single
+    _reduce_scatter_base = reduce_scatter_single  # type: ignore[assignment]
 
     def reduce_scatter_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> GuardedWork:
         works = [self.reduce_scatter_single(o, i, opts) for o, i in zip(outputs, inputs, strict=True)]
         return self._together(works, outputs)
 
-    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced  # type: ignore[assignment]
 
     def all_to_all_single(
         self,
@@ -294,14 +295,14 @@ class Group(dist.ProcessGroup):
         input_split_sizes: Sequence[int],
         opts: Any = None,
     ) -> GuardedWork:
-        opts = opts or c10d.AllToAllOptions()
+        opts = opts or dist.AllToAllOptions()
         outs, ins = list(output_split_sizes), list(input_split_sizes)
         return self._run("all_to_all", [input], lambda inner: inner.alltoall_base(output, input, outs, ins, opts))
 
-    alltoall_base = all_to_all_single
+    alltoall_base = all_to_all_single  # type: ignore[assignment]
 
     def alltoall(self, outputs: Any, inputs: Any, opts: Any = None) -> GuardedWork:
-        opts = opts or c10d.AllToAllOptions()
+        opts = opts or dist.AllToAllOptions()
         return self._run("all_to_all", inputs, lambda inner: inner.alltoall(outputs, inputs, opts))
 
     def send(self, tensors: Any, dst: int, tag: int = 0) -> GuardedWork:
@@ -314,7 +315,7 @@ class Group(dist.ProcessGroup):
         return self._run("recv", [], lambda inner: inner.recv_anysource(tensors, tag))
 
     def barrier(self, opts: Any = None, timeout: timedelta | None = None) -> GuardedWork:
-        opts = _options(c10d.BarrierOptions, opts, timeout)
+        opts = _options(dist.BarrierOptions, opts, timeout)
         return self._run("barrier", [], lambda inner: inner.barrier(opts))
 
     def _together(self, works: list[GuardedWork], tensors: Any) -> GuardedWork:

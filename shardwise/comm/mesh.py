@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from datetime import timedelta
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
+import torch.distributed.distributed_c10d as dist
 
 from shardwise.comm.group import NAME, Group, GroupSettings, register
-from shardwise.comm.store import LOOPBACK
+from shardwise.comm.store import own_address
 from shardwise.errors import ClusterError, CommError, SpecError
 from shardwise.spec.plan import AXES, Plan
 
@@ -94,13 +95,13 @@ def connect(
     device: str = "cpu",
     timeout_s: float = 600,
     generation: int = 0,
-    host: str | None = LOOPBACK,
+    host: str | None = None,
     threads: int = 1,
 ) -> Mesh:
     """Connect this rank to the others of `plan`; every rank calls it once for each generation.
 
-    With `world` == 1 there is no group, no store and no socket. `host` is the address that gloo listens on: loopback
-    unless the ranks live on several hosts (then this host's own address, or None to let `GLOO_SOCKET_IFNAME` choose).
+    With `world` == 1 there is no group, no store and no socket. gloo listens on `host`; without one, on loopback when all
+    ranks share this host, else on this host's address towards the store (`GLOO_SOCKET_IFNAME` overrides that).
     Raises SpecError when the plan has another number of ranks, ClusterError for a device that is not there, CommError
     when the others do not answer in `timeout_s` seconds.
     """
@@ -111,6 +112,8 @@ def connect(
         return Mesh(plan, rank, world, target, {}, owns_world=False)
     register()
     devices = ("cpu",) if target.type == "cpu" else ("cpu", target.type)
+    if host is None and store is not None and "GLOO_SOCKET_IFNAME" not in os.environ:
+        host = own_address(dist.PrefixStore(f"hosts-{generation}", store), rank, world)
     settings = GroupSettings(devices, host, threads, float(timeout_s), generation)
     owns_world = not dist.is_initialized()
     if owns_world:

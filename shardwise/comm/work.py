@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.distributed as dist
+import torch.distributed.distributed_c10d as dist
 
 if TYPE_CHECKING:
     from shardwise.comm.group import Group

@@ -92,7 +92,10 @@ def _checked(key: str, column: Any, name: str) -> Any:
     else:
         found = np.asarray(column)
         if found.dtype.kind not in "biufc":
-            raise DataError(f"{key} of {name} has dtype {found.dtype}, which is not numeric. Turn it into numbers first.")
+            raise DataError(
+                f"{key} of {name} has dtype {found.dtype}, which is not numeric. Turn it into numbers first."
+            )
+        found = found.astype(found.dtype.newbyteorder("="), copy=False)  # torch knows no foreign byte order
     if not found.ndim:
         raise DataError(f"{key} of {name} is a single number; give one row for each sample.")
     return found

@@ -49,6 +49,9 @@ class Corpus(Protocol):
     def split(self, documents: Sequence[Piece], share: float) -> tuple[list[Piece], list[Piece]]:
         """Training and held-out documents, about `share` of the corpus in the latter; not random."""
 
+    def bytes_of(self, pieces: Sequence[Piece]) -> int:
+        """About how much text they are."""
+
     def read(self, piece: Piece) -> Iterator[tuple[str, bool]]:
         """The text of a piece in chunks of at most about CHUNK_BYTES, and whether a document ends with each."""
 
@@ -125,6 +128,9 @@ class Files:
                 held.add(piece)
                 left -= piece.size
         return [piece for piece in documents if piece in held]
+
+    def bytes_of(self, pieces: Sequence[Piece]) -> int:
+        return sum(piece.size for piece in pieces)
 
     def read(self, piece: Piece) -> Iterator[tuple[str, bool]]:
         """Chunks end at a line's end where there is one, else between two characters. Raises DataError."""

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from shardwise.data import schedule
 from shardwise.data.ahead import Ahead
+from shardwise.data.samples import Samples, Stream
 from shardwise.data.schedule import StepTasks, Task
 from shardwise.data.seeding import untouched_generators
-from shardwise.data.samples import Samples, Stream
 from shardwise.data.workers import in_workers
 from shardwise.errors import DataError
 

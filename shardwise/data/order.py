@@ -65,7 +65,7 @@ def shards_of(rank: int, ranks: int, shards: int) -> range:
 
 def stream_seed(seed: int, *numbers: int) -> int:
     """A seed in 0..2**63-1 for the random stream named by `numbers`; equal names give equal seeds anywhere."""
-    state = seed & _MASK
+    state = _hash(seed & _MASK)
     for number in numbers:
         state = _hash(state ^ _hash(number & _MASK))
     return state >> 1
@@ -74,7 +74,7 @@ def stream_seed(seed: int, *numbers: int) -> int:
 def stream_seeds(seed: int, positions: npt.ArrayLike) -> Ints:
     """`stream_seed(seed, position)` of many positions at once."""
     where = np.asarray(positions, dtype=np.int64).astype(np.uint64)
-    return (_chain(_as_words(seed, where.shape), where) >> np.uint64(1)).astype(np.int64)
+    return (_chain(hash_words(_as_words(seed, where.shape)), where) >> np.uint64(1)).astype(np.int64)
 
 
 def hash_words(words: _Words) -> _Words:

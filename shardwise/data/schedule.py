@@ -77,12 +77,17 @@ def tasks(
                     indices=indices[row, cut.positions.start - first : cut.positions.stop - first].tolist(),
                     seeds=seeds[row, cut.positions.start - first : cut.positions.stop - first].tolist(),
                     shard=cut.shard,
-                    stream=order.stream_seed(seed, step + row, rank if cut.shard is None else cut.shard, number),
+                    stream=_stream(seed, step + row, rank, number, cut.shard),
                 )
                 for number, cut in enumerate(cuts)
             ]
             yield StepTasks(step + row, made)
         step += count
+
+
+def _stream(seed: int, step: int, rank: int, number: int, shard: int | None) -> int:
+    """A logical shard's stream is its own: neither the rank that owns it nor its place there may show."""
+    return order.stream_seed(seed, step, rank, number) if shard is None else order.stream_seed(seed, step, shard, 0)
 
 
 def passes(samples: int, *, batch: int, rank: int, ranks: int) -> Iterator[StepTasks]:

@@ -111,12 +111,12 @@ class Text:
         facts: dict[str, Any] = {
             "vocab": vocab,
             "end_token": end,
-            "tokens": counts[0],
-            "documents": len(train),
-            "eval_tokens": counts[1],
-            "eval_documents": len(held),
+            "tokens": counts[0][0],
+            "documents": counts[0][1],
+            "eval_tokens": counts[1][0],
+            "eval_documents": counts[1][1],
         }
-        if min(counts) > 1:
+        if min(found for found, _ in counts) > 1:
             dtype = tokens.token_dtype(vocab)
             facts |= table_perplexities(made / "train.bin", made / "eval.bin", dtype, vocab)
         (made / "facts.json").write_text(json.dumps(facts, indent=1))

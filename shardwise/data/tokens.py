@@ -129,12 +129,16 @@ def end_of(tokenizer: Any, end_token: str | None) -> int:
     raise DataError(f"The tokenizer has {wanted}. Name the token that ends a document with end_token=...")
 
 
-def sample(corpus: Corpus, pieces: Sequence[Piece], vocab: int) -> Iterator[str]:
-    """Chunks drawn evenly over the corpus, enough to train `vocab` tokens on: 2 KiB each, from 8 to 64 MiB."""
+def sample_bytes(vocab: int) -> int:
+    """How much text to train `vocab` tokens on: 2 KiB for each, from 8 to 64 MiB. More costs time and memory, and
+    changed the length of the encoded standard library by less than 1 %."""
     least, most = _SAMPLE_BYTES
-    budget = min(most, max(least, _SAMPLE_BYTES_A_TOKEN * vocab))
-    total = sum(piece.size for piece in pieces)
-    share = min(1.0, budget / max(1, total))
+    return min(most, max(least, _SAMPLE_BYTES_A_TOKEN * vocab))
+
+
+def sample(corpus: Corpus, pieces: Sequence[Piece], vocab: int) -> Iterator[str]:
+    """Chunks drawn evenly over the corpus, enough to train `vocab` tokens on."""
+    share = min(1.0, sample_bytes(vocab) / max(1, corpus.bytes_of(pieces)))
     credit = 0.0
     for piece in pieces:
         for text, _ in corpus.read(piece):
@@ -144,24 +148,27 @@ def sample(corpus: Corpus, pieces: Sequence[Piece], vocab: int) -> Iterator[str]
                 yield text
 
 
-def encode(path: Path, tokenizer: Any, end: int, *, corpus: Corpus, pieces: Sequence[Piece], plain: bool) -> int:
-    """Append the tokens of every document and its end token to a new file; returns how many there are.
+def encode(
+    path: Path, tokenizer: Any, end: int, *, corpus: Corpus, pieces: Sequence[Piece], plain: bool
+) -> tuple[int, int]:
+    """Write the tokens of every document and its end token to a new file; returns how many tokens and documents.
 
     `plain`: the tokenizer is `bytes`. Holds half a megabyte of text and its tokens at a time.
     """
     dtype = token_dtype(size_of(tokenizer))
-    total, size = 0, 0
+    total, documents, size = 0, 0, 0
     texts: list[tuple[str, bool]] = []
     with open(path, "wb") as out, parallel_tokenizers():
         for piece in pieces:
             for chunk in corpus.read(piece):
                 texts.append(chunk)
                 size += len(chunk[0])
+                documents += chunk[1]
                 if size >= _BATCH_BYTES:
                     total += _append(out, texts, tokenizer, end, dtype, plain)
                     texts, size = [], 0
         total += _append(out, texts, tokenizer, end, dtype, plain)
-    return total
+    return total, documents
 
 
 def _append(

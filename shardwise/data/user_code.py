@@ -17,7 +17,7 @@ Collate = Callable[[list[Any]], Any]
 def one_by_one(get: Callable[[int], Any], indices: Sequence[int], seeds: Sequence[int], what: str) -> list[Any]:
     """`get(index)` of each, the random generators seeded by the sample's own seed before it. Raises DataError."""
     items = []
-    for index, seed in zip(indices, seeds, strict=False):  # seeds may be endless to iterate, see workers.py
+    for index, seed in zip(indices, seeds, strict=True):
         seed_generators(seed)
         with named(f"{what} {index}"):
             items.append(get(index))

@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from shardwise.data.schedule import StepTasks, Task
 from shardwise.data.samples import Samples, Stream
+from shardwise.data.schedule import StepTasks, Task
 from shardwise.errors import DataError
 
 T = TypeVar("T")

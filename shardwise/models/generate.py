@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from shardwise.models.gpt import GPT
 from shardwise.models.losses import logits_of
 
 
-@torch.no_grad()
 def generate(
     model: nn.Module,
     tokens: Tensor,
@@ -32,26 +31,48 @@ def generate(
     how many of the last tokens the model sees: a GPT's own by default; when that window is full, its older half is
     dropped. Any module that maps tokens to logits [B, T, V] will do; only a GPT keeps a cache. Raises JobError.
     """
+    done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    columns = [tokens]
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "generator": generator, "context": context}
+    for new in stream(model, tokens, max_new, **options):
+        if stop is not None:
+            new = torch.where(done, stop, new)
+            done |= new == stop
+        columns.append(new[:, None])
+        if stop is not None and bool(done.all()):
+            break
+    return torch.cat(columns, dim=1)
+
+
+@torch.no_grad()
+def stream(
+    model: nn.Module,
+    tokens: Tensor,
+    max_new: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    generator: torch.Generator | None = None,
+    context: int | None = None,
+) -> Iterator[Tensor]:
+    """The next token [B] of every sequence, as soon as it is known, `max_new` times; arguments as for `generate`.
+
+    The model is in evaluation mode until the iterator ends or is closed.
+    """
     if tokens.ndim != 2 or tokens.shape[1] == 0:
         raise JobError(f"generate needs tokens of shape [batch, at least 1], got {list(tokens.shape)}.")
     if temperature < 0 or (top_k is not None and top_k < 1):
         raise JobError(f"temperature={temperature} must not be negative and top_k={top_k} must be at least 1 or None.")
     read = _reader(model, tokens, max_new, context)
-    done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     training = model.training
     model.eval()
     try:
         for _ in range(max_new):
             new = choose(read(tokens), temperature=temperature, top_k=top_k, generator=generator)
-            if stop is not None:
-                new = torch.where(done, stop, new)
-                done |= new == stop
             tokens = torch.cat([tokens, new[:, None]], dim=1)
-            if stop is not None and bool(done.all()):
-                break
+            yield new
     finally:
         model.train(training)
-    return tokens
 
 
 def choose(

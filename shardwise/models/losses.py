@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from shardwise.errors import JobError
 
@@ -104,7 +104,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         raise _mismatch("cross-entropy", logits, targets)
     classes = logits.shape[-1]
     flat, wanted = logits.reshape(-1, classes), targets.reshape(-1).long()
-    if wanted.device.type == "cpu" and wanted.numel():
+    if _is_plain(wanted) and wanted.numel():
         _check_range(wanted, classes)
     weight = (wanted != IGNORE).sum()
     if _in_pieces(flat):
@@ -115,8 +115,12 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 def _in_pieces(flat: Tensor) -> bool:
     # A GPU prefers one large kernel, and float16 gradients must be scaled before they are rounded.
-    plain = type(flat) is Tensor and flat.device.type == "cpu" and flat.dtype != torch.float16
-    return plain and not torch.compiler.is_compiling()
+    return _is_plain(flat) and flat.dtype != torch.float16
+
+
+def _is_plain(x: Tensor) -> bool:
+    """On the CPU, with numbers that may be looked at: not traced, faked or spread over ranks."""
+    return x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
 
 
 class _PiecewiseCrossEntropy(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """Any `nn.Module` -> `ModelProfile`: parameters, FLOPs and bytes of each block, measured without computing anything.
 
-The module is built and run on fake tensors, which know shapes and storages but hold no numbers, so a model larger than
-memory is profiled in seconds:
+The module is built and run on fake tensors, which have shapes and storages but no numbers, so a model larger than
+memory is profiled in seconds. (The meta device would take attention apart into products that no device keeps.)
 
     before -> block 0 -> block 1 -> ... -> after      what runs between two blocks belongs to the first of them
 """
@@ -9,23 +9,24 @@ memory is profiled in seconds:
 from __future__ import annotations
 
 import copy
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from shardwise.errors import JobError, ShardwiseError
 from shardwise.models.blocks import find_blocks, linears, owner, tied_groups
+from shardwise.models.flops import flop_counter
 from shardwise.models.inputs import call
 from shardwise.spec.profile import BlockProfile, ModelProfile
 
 BEFORE, AFTER, WHOLE = "before", "after", "model"
-REAL_SAMPLES = 2  # a run on real tensors takes two samples: one is too few for batch normalisation
+REAL_SAMPLES = 3  # few, but more than one, which batch normalisation refuses
 
 Build = nn.Module | Callable[[], nn.Module]
 Forward = Callable[[nn.Module, Any], Any]
@@ -36,25 +37,25 @@ def profile(build: Build, example: Any, *, forward: Forward | None = None, loss:
     """What the module costs for one sample of `example`, a batch as the data gives it (batch first).
 
     `build` is the module, which is left as it is, or a function that makes it. FLOPs count a multiplication and an
-    addition as two, for matrix products, convolutions and attention (all of it, also where a causal mask hides half),
-    as `torch.utils.flop_counter` does. Activation bytes are the distinct storages that autograd keeps in a training
-    forward pass, without parameters and buffers; `loss`, if given, is measured as part of the last block.
-    A module that fake tensors cannot run, because it looks at numbers, is run on two real samples instead. Raises
-    JobError with the module's own error when that fails too.
+    addition as two, for matrix products, convolutions, recurrent layers and attention (all of it, also where a causal
+    mask hides half). Activation bytes are the distinct storages that autograd keeps in a training forward pass,
+    without parameters and buffers; `loss`, if given, is measured as part of the last block. A module that cannot run
+    on fake tensors, because it looks at numbers, is run on at most three real samples. Raises JobError with the
+    module's own error when that fails too. The first call in a process takes a second longer: torch imports its
+    compiler.
     """
     samples = batch_size(example)
+    errors: dict[str, Exception] = {}
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        try:
-            return _Measurement(forward, loss).of_fake(build, example, samples)
-        except ShardwiseError:
-            raise
-        except Exception as why_not_fake:
+        for name, run in RUNS.items():
             try:
-                return _Measurement(forward, loss).of_real(build, example, samples)
+                with _quiet():
+                    return run(_Measurement(forward, loss), build, example, samples)
             except ShardwiseError:
                 raise
             except Exception as error:
-                raise _cannot_run(error, why_not_fake, example) from error
+                errors[name] = error
+    raise _cannot_run(errors, example) from errors["real"]
 
 
 def batch_size(example: Any) -> int:
@@ -102,23 +103,8 @@ class _Measurement:
         self.left: dict[str, int] = {}
         self.first_seen: dict[str, tuple[str, bool]] = {}
         self.kept: dict[int, Tensor] = {}  # by storage; holding the tensor keeps its storage's number from being reused
-        self.counted_flops = 0
-
-    def of_fake(self, build: Build, example: Any, samples: int) -> ModelProfile:
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with mode:
-            module = _fake_copy(build) if isinstance(build, nn.Module) else build()
-        batch = _map_tensors(example, lambda tensor: mode.from_tensor(tensor.detach().cpu()))
-        with mode:
-            return self.run(module, batch, samples, describe(example))
-
-    def of_real(self, build: Build, example: Any, samples: int) -> ModelProfile:
-        module = copy.deepcopy(build).cpu() if isinstance(build, nn.Module) else build().cpu()
-        few = min(samples, REAL_SAMPLES)
-        batch = _map_tensors(
-            example, lambda tensor: (tensor[:few] if tensor.ndim and tensor.shape[0] == samples else tensor).cpu()
-        )
-        return self.run(module, batch, few, describe(example))
+        self.counter, self.counted_flops = flop_counter(), 0
+        self.ran: dict[str, None] = {}  # the blocks in the order in which they first ran
 
     def run(self, module: nn.Module, batch: Any, samples: int, sample: str) -> ModelProfile:
         """Forward `batch` through `module` in training mode with every hook in place."""
@@ -127,21 +113,20 @@ class _Measurement:
         module.train()
         blocks = find_blocks(module)
         fixed = {_storage(tensor) for tensor in (*module.parameters(), *module.buffers())}
-        counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU)
         with ExitStack() as stack:
-            for handle in self._watch(module, blocks, counter, samples):
+            for handle in self._watch(module, blocks, samples):
                 stack.callback(handle.remove)
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._keeper(fixed), lambda tensor: tensor))
-            stack.enter_context(counter)
+            stack.enter_context(self.counter)
             output = call(module, batch, self.forward)
             if self.loss is not None:
                 self.loss(output, batch)
-            self._move(self.place, counter)
+            self._move(self.place)
         self.left[AFTER] = sum(tensor.nbytes for tensor in tensors_in(output))
         return self._result(module, blocks, samples, sample)
 
-    def _move(self, place: tuple[str, bool], counter: FlopCounterMode) -> None:
-        total = counter.get_total_flops()
+    def _move(self, place: tuple[str, bool]) -> None:
+        total = self.counter.get_total_flops()
         self.flops[self.place] += total - self.counted_flops
         self.counted_flops, self.place = total, place
 
@@ -155,9 +140,7 @@ class _Measurement:
 
         return keep
 
-    def _watch(
-        self, module: nn.Module, blocks: dict[str, nn.Module], counter: FlopCounterMode, samples: int
-    ) -> Iterator[Any]:
+    def _watch(self, module: nn.Module, blocks: dict[str, nn.Module], samples: int) -> Iterator[Any]:
         """Hooks that follow the run: into and out of each block, and where every other module with parameters ran."""
 
         def entering(name: str) -> Callable[..., None]:
@@ -166,19 +149,23 @@ class _Measurement:
                     # Tables of positions and the like come along too, but only what grows with the batch must travel.
                     inputs = [t for t in tensors_in((args, kwargs)) if t.ndim and t.shape[0] == samples]
                     self.left[BEFORE] = sum(tensor.nbytes for tensor in inputs)
-                self._move((name, False), counter)
+                self._move((name, False))
+                self.ran[name] = None
 
             return hook
 
         def leaving(name: str) -> Callable[..., None]:
             def hook(_: nn.Module, __: Any, output: Any) -> None:
                 self.left[name] = sum(tensor.nbytes for tensor in tensors_in(output))
-                self._move((name, True), counter)
+                self._move((name, True))
 
             return hook
 
         def seeing(name: str) -> Callable[..., None]:
-            return lambda *_: self.first_seen.setdefault(name, self.place) and None
+            def hook(_: nn.Module, __: Any) -> None:
+                self.first_seen.setdefault(name, self.place)
+
+            return hook
 
         for name, block in blocks.items():
             yield block.register_forward_pre_hook(entering(name), with_kwargs=True)
@@ -188,9 +175,9 @@ class _Measurement:
                 yield inner.register_forward_pre_hook(seeing(name))
 
     def _result(self, module: nn.Module, blocks: dict[str, nn.Module], samples: int, sample: str) -> ModelProfile:
-        ran = [name for name, gap in self.flops if name in blocks and not gap]
+        ran = list(self.ran)
         order = [BEFORE, *ran, *(name for name in blocks if name not in ran), AFTER]
-        last_gap = (ran[-1], True) if ran else None
+        last_gap = self.place  # where the run ended
 
         def segment(place: tuple[str, bool]) -> str:
             return AFTER if place == last_gap else place[0]
@@ -210,12 +197,12 @@ class _Measurement:
         inside = self._linears(module, blocks, segment)
         found = tuple(
             BlockProfile(
-                name=name if ran else WHOLE,
+                name=name if blocks else WHOLE,
                 parameters=parameters[name],
                 parameter_bytes=parameter_bytes[name],
                 forward_flops=flops[name] / samples,
                 activation_bytes=round(saved[name] / samples),
-                boundary_bytes=round(self.left.get(name if ran else AFTER, 0) / samples),
+                boundary_bytes=round(self.left.get(name, 0) / samples),
                 linears=tuple(inside[name]),
             )
             for name in order
@@ -240,22 +227,43 @@ class _Measurement:
         return found
 
 
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Two matrix products: scores and weighted values; the arguments are shapes [B, H, T, D]."""
-    batch, heads, length, dim = query
-    return int(2 * batch * heads * length * key[2] * (dim + value[3]))
-
-
-# torch counts its GPU attention kernels only.
-_ATTENTION_ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-
-
 def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _fake_copy(module: nn.Module) -> nn.Module:
-    """The module with fake parameters and buffers of the same shapes and ties; needs no memory. Inside a fake mode."""
+def _on_fake(measurement: _Measurement, build: Build, example: Any, samples: int) -> ModelProfile:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    batch = _map_tensors(example, lambda tensor: mode.from_tensor(tensor.detach().cpu()))
+    with mode:
+        module = _empty_copy(build) if isinstance(build, nn.Module) else build()
+        return measurement.run(module, batch, samples, describe(example))
+
+
+def _on_real(measurement: _Measurement, build: Build, example: Any, samples: int) -> ModelProfile:
+    few = min(samples, REAL_SAMPLES)
+    batch = _map_tensors(
+        example, lambda tensor: (tensor[:few] if tensor.ndim and tensor.shape[0] == samples else tensor).cpu()
+    )
+    module = copy.deepcopy(build) if isinstance(build, nn.Module) else build()
+    return measurement.run(module.cpu(), batch, few, describe(example))
+
+
+RUNS = {"fake": _on_fake, "real": _on_real}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the traceback that torch logs when an operator has no fake form: the next attempt needs none."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _empty_copy(module: nn.Module) -> nn.Module:
+    """The module with fake parameters and buffers of the same shapes and ties, inside a fake mode."""
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
         empty = torch.empty_like(parameter, device="cpu")
@@ -279,10 +287,11 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
     return value
 
 
-def _cannot_run(error: Exception, why_not_fake: Exception, example: Any) -> JobError:
+def _cannot_run(errors: dict[str, Exception], example: Any) -> JobError:
+    real, fake = errors["real"], errors["fake"]
     return JobError(
-        f"the model cannot be profiled: {type(error).__name__}: {_first_line(error)} (and on fake tensors "
-        f"{type(why_not_fake).__name__}: {_first_line(why_not_fake)}). Its input was one batch of "
+        f"the model cannot be profiled: {type(real).__name__}: {_first_line(real)} (and on fake tensors: "
+        f"{type(fake).__name__}: {_first_line(fake)}). Its input was one batch of "
         f"{describe(example) or type(example).__name__}. Make model() build a module whose forward takes that, or "
         "give the job forward=lambda model, batch: ..."
     )

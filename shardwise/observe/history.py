@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from shardwise.errors import RunError
 from shardwise.events import Event
 
 LARGEST = 1e18
+ESCAPE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")  # colours and cursor movements of terminals
 
 
 def read(run: Path) -> list[Event]:
@@ -97,9 +99,14 @@ def whole(event: Event, key: str) -> int | None:
 
 
 def word(event: Event, key: str) -> str:
-    """The field as text on one line; empty when it is missing."""
+    """The field as printable text on one line; empty when it is missing."""
     value = event.get(key)
-    return "" if value is None else " ".join(str(value).split())
+    return "" if value is None else printable(str(value))
+
+
+def printable(text: str) -> str:
+    """The text on one line, without terminal escapes and other characters that do not print."""
+    return " ".join("".join(c if c.isprintable() else " " for c in ESCAPE.sub("", text)).split(" ")).strip()
 
 
 def learning_rate(event: Event) -> float | None:

@@ -11,7 +11,7 @@ from typing import IO, Self
 
 from shardwise.events import Event
 from shardwise.observe.history import decode, since_start
-from shardwise.observe.narrate import Narrator, Status, printable
+from shardwise.observe.narrate import Narrator, Status, log_line
 from shardwise.observe.summary import job_record, parameters_of
 from shardwise.observe.text import figure
 
@@ -76,7 +76,7 @@ class Display:
     def poll(self) -> None:
         """Read what is new and show it."""
         for line in self.log.lines():
-            self._print(printable(line))
+            self._print(log_line(line))
         events = self.tail.poll()
         if not self._begun:
             events = list(since_start(events))

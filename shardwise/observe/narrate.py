@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +10,7 @@ import msgspec
 from msgspec import Struct
 
 from shardwise.events import Event
-from shardwise.observe.history import amount, finite, number, whole, word
+from shardwise.observe.history import ESCAPE, amount, finite, number, whole, word
 from shardwise.observe.summary import PARTS, evaluation_of, facts_of, step_parts, tokens, warning_text
 from shardwise.observe.text import evaluation_words, facts_text, figure, labelled, parameters_text, percent, plural
 from shardwise.spec.plan import Prediction
@@ -19,7 +18,6 @@ from shardwise.units import format_bytes, format_count, format_seconds
 
 EVERY_S = 5.0  # between two step lines, by the clock of the events
 WINDOW_STEPS = 20  # that the rate and the shares are averaged over
-CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Status(Struct, frozen=True, kw_only=True):
@@ -178,10 +176,10 @@ def progress_text(step: int, of_steps: int | None) -> str:
     return str(step) if of_steps is None else f"{step:>{len(str(of_steps))}}/{of_steps}"
 
 
-def printable(line: bytes) -> str:
-    """A line of a rank's log without control characters; of a line that overwrote itself (tqdm), the last state."""
-    text = line.decode("utf-8", "replace").rstrip("\r")
-    return CONTROL.sub("", text.rpartition("\r")[2]).rstrip()
+def log_line(line: bytes) -> str:
+    """A line of a rank's log as printable text; of a line that overwrote itself (tqdm), the last state."""
+    text = ESCAPE.sub("", line.decode("utf-8", "replace").rstrip("\r").rpartition("\r")[2])
+    return "".join(c for c in text.expandtabs() if c.isprintable()).rstrip()
 
 
 def _took(event: Event) -> str:

@@ -136,7 +136,7 @@ def _by_start(text: str, root: Path) -> Path:
     if near:
         names = ", ".join(folder.name for folder in near[:5])
         raise RunError(f"'{text}' is the start of {len(near)} runs in {root}{os.sep}: {names}. Write more of the name.")
-    if Path(text).is_dir():
+    if text and Path(text).is_dir():
         raise RunError(
             f"'{text}' is not a run: it has none of {', '.join(RECORDS)}. Give a folder that `shardwise train` made."
         )

@@ -14,7 +14,7 @@ from msgspec import Struct
 from shardwise.errors import SpecError
 from shardwise.events import Event
 from shardwise.observe import history, runs
-from shardwise.observe.history import amount, committed, finite, named, number, whole, word
+from shardwise.observe.history import amount, committed, finite, named, number, printable, whole, word
 from shardwise.spec.cluster import Cluster
 from shardwise.spec.files import load
 from shardwise.spec.plan import Plan, Prediction
@@ -191,7 +191,7 @@ def job_record(run: Path) -> dict[str, Any]:
 def parameters_of(job: Mapping[str, Any]) -> dict[str, Any]:
     """The resolved parameters in a `job.json`."""
     found = job.get("parameters")
-    return {str(name): value for name, value in found.items()} if isinstance(found, Mapping) else {}
+    return {printable(str(name)): value for name, value in found.items()} if isinstance(found, Mapping) else {}
 
 
 def tokens(event: Event, *, text: bool) -> float:
@@ -238,7 +238,9 @@ def _evaluation(found: Sequence[Event]) -> Evaluation | None:
 
 def evaluation_of(event: Event) -> Evaluation:
     """An `evaluation` event as a value; every further number in it is a metric of the user."""
-    metrics = {key: value for key in event if key not in NOT_METRICS and (value := number(event, key)) is not None}
+    metrics = {
+        printable(key): value for key in event if key not in NOT_METRICS and (value := number(event, key)) is not None
+    }
     return Evaluation(
         step=whole(event, "step") or 0,
         loss=number(event, "loss"),
@@ -415,7 +417,7 @@ def _samples(event: Event) -> str:
     samples = event.get("samples")
     if not isinstance(samples, list):
         return "not recorded"
-    return ", ".join(map(str, samples[:8])) + (", ..." if len(samples) > 8 else "")
+    return printable(", ".join(map(str, samples[:8]))) + (", ..." if len(samples) > 8 else "")
 
 
 def _failure(found: Sequence[Event]) -> str:

@@ -146,7 +146,9 @@ def _frame(points: Points, *, zero: bool) -> Frame:
     if not y_high > y_low:
         y_low, y_high = (0.0, 1.0) if zero else (y_low - max(0.5, abs(y_low) / 10), y_high + max(0.5, abs(y_high) / 10))
     x_low, x_high = min(xs), max(xs)
-    return Frame(x_low=x_low, x_high=x_high if x_high > x_low else x_low + 1, y_low=y_low, y_high=y_high)
+    return Frame(
+        x_low=x_low, x_high=x_high if x_high > x_low else x_low + max(1.0, abs(x_low) / 1e6), y_low=y_low, y_high=y_high
+    )
 
 
 def _columns(xs: Sequence[float], layers: Mapping[str, Sequence[float]]) -> list[tuple[float, list[float]]]:

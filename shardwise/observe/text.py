@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shardwise.observe.history import finite, whole
+from shardwise.observe.history import finite, printable, whole
 from shardwise.observe.summary import Compared, Evaluation, Summary
 from shardwise.units import format_bytes, format_count, format_seconds
 
@@ -63,7 +63,7 @@ def outcome_lines(summary: Summary, *, blocks: bool = False) -> list[str]:
 
 def parameters_text(parameters: Mapping[str, Any]) -> str:
     """`lr=0.001 layers=6`, as `--set` takes them."""
-    return " ".join(f"{name}={value}" for name, value in parameters.items())
+    return " ".join(f"{name}={printable(str(value))}" for name, value in parameters.items())
 
 
 def state_text(summary: Summary) -> str:

@@ -17,8 +17,10 @@ class Verdict(NamedTuple):
     fault: str
 
 
-def judge(totals: Totals, raw_norm: float, *, scale: float, clip_norm: float | None, unit: str) -> Verdict:
-    """`raw_norm` is that of gradients of `scale` times the loss sum; `factor` makes them those of the clipped mean.
+def judge(
+    totals: Totals, raw_norm: float, *, guess: float, loss_scale: float, clip_norm: float | None, unit: str
+) -> Verdict:
+    """`raw_norm` is that of gradients of `loss_scale / guess` times the loss sum; `factor` makes them the clipped mean's.
 
     Clipping follows Pascanu et al. 2013 as torch's `clip_grad_norm_` does it. `unit` is what a slot is: rank or shard.
     """
@@ -29,7 +31,7 @@ def judge(totals: Totals, raw_norm: float, *, scale: float, clip_norm: float | N
         return Verdict(raw_norm, 1.0, "the loss is finite but a gradient is nan or infinite.")
     if totals.weight == 0:
         return Verdict(0.0, 1.0, "")
-    factor = 1.0 / (scale * totals.weight)
+    factor = guess / (loss_scale * totals.weight)  # 1.0 exactly where the weight is what was guessed
     norm = raw_norm * factor
     if clip_norm is not None:
         factor *= min(1.0, clip_norm / (norm + 1e-6))

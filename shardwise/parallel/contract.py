@@ -29,7 +29,9 @@ def pair(function: Callable[[Any, Any], Any], output: Any, batch: Any, *, field:
             f"{field} ({name}) returned {shapes(returned)}; it must return a pair (sum, weight): the sum over the counted "
             f"elements and how many there are, such as (loss.sum(), loss.numel()). {about()}"
         )
-    total, weight = (_scalar(value, field, name, part, about) for value, part in zip(returned, ("sum", "weight"), strict=True))
+    total, weight = (
+        _scalar(value, field, name, part, about) for value, part in zip(returned, ("sum", "weight"), strict=True)
+    )
     if weight.requires_grad:
         weight = weight.detach()
     return total, weight

@@ -10,7 +10,7 @@ import torch
 from shardwise.comm.collectives import totals
 from shardwise.errors import JobError
 from shardwise.models.inputs import call
-from shardwise.parallel.blame import name_of, shapes, user_code
+from shardwise.parallel.blame import shapes, user_code
 from shardwise.parallel.contract import pair
 
 if TYPE_CHECKING:
@@ -49,10 +49,9 @@ def evaluate(
 
 
 def _measure(module: Any, batch: Any, functions: Mapping[str, Weighed], forward: Any, replica: Replica) -> list[float]:
-    about = lambda: f"The batch was {shapes(batch)}."  # noqa: E731 - said only when it fails
     found: list[float] = []
     with replica.formats.forward():
-        with user_code("the model (in evaluation)", about=about):
+        with user_code("the model (in evaluation)", about=lambda: f"The batch was {shapes(batch)}."):
             output = call(module, batch, forward)
         for name, function in functions.items():
             total, weight = pair(function, output, batch, field=name if name == "loss" else f"metrics['{name}']")
@@ -69,6 +68,6 @@ def _mean(name: str, total: float, weight: float) -> float:
     if weight == 0:
         raise JobError(
             f"'{name}' counted nothing in the evaluation: its weight over all ranks is 0. Give evaluation data, or let "
-            f"{name_of(_mean) if False else name} return the number of counted elements as its weight."
+            "it return the number of counted elements as its weight."
         )
     return total / weight

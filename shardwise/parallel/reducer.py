@@ -36,9 +36,7 @@ class Reducer:
     gradients, and `finish(mean=True)` leaves the average over ranks.
     """
 
-    def __init__(
-        self, named: Callable[[], Named], axis: Axis, *, bucket_bytes: int, shards: int | None = None
-    ) -> None:
+    def __init__(self, named: Callable[[], Named], axis: Axis, *, bucket_bytes: int, shards: int | None = None) -> None:
         self._named = named
         self._axis = axis
         self._bucket_bytes = bucket_bytes
@@ -65,7 +63,7 @@ class Reducer:
 
     def begin(self) -> None:
         """Start a step of one or more microbatches; no gradient is left over from the one before."""
-        self._refresh()
+        self.refresh()
         for parameter in self._parameters:
             parameter.grad = None
         self._sending = False
@@ -152,7 +150,7 @@ class Reducer:
 
     # Inside.
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
         """Parameters that were frozen or thawed since the last step change the buckets, alike on all ranks."""
         if tuple(id(p) for _, p in self._named() if p.requires_grad) != self._signature:
             self._build()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
@@ -15,8 +14,9 @@ from shardwise.models.inputs import call
 from shardwise.parallel.blame import shapes, user_code
 from shardwise.parallel.clip import Verdict, judge, non_finite
 from shardwise.parallel.contract import pair
-from shardwise.parallel.coupling import GatheredLoss, check, outcome
+from shardwise.parallel.coupling import agree, check
 from shardwise.parallel.evaluate import evaluate
+from shardwise.parallel.gathered import gathered_step
 from shardwise.parallel.parallelize import Replica
 from shardwise.parallel.precision import LossScaler
 from shardwise.parallel.statistics import Totals
@@ -80,7 +80,12 @@ def step(
         raw_norm = replica.reducer.norm()
         computed = time.perf_counter()
         verdict = judge(
-            totals, raw_norm, scale=replica.scale(scaler), clip_norm=clip_norm, unit="shard" if replica.shards else "rank"
+            totals,
+            raw_norm,
+            guess=replica.guess,
+            loss_scale=scaler.scale if scaler else 1.0,
+            clip_norm=clip_norm,
+            unit="shard" if replica.shards else "rank",
         )
         skipped = _skips(verdict, totals, on_nan, scaler)
         if not skipped:
@@ -95,9 +100,7 @@ def step(
         replica.guess = totals.weight
     mean = totals.loss_sum / totals.weight if totals.weight else 0.0
     ended = time.perf_counter()
-    return StepResult(
-        mean, totals.weight, verdict.norm, skipped, computed - began - waited, waited, ended - computed
-    )
+    return StepResult(mean, totals.weight, verdict.norm, skipped, computed - began - waited, waited, ended - computed)
 
 
 def _skips(verdict: Verdict, totals: Totals, on_nan: str, scaler: LossScaler | None) -> bool:
@@ -120,15 +123,16 @@ def _gradients(
     replica.begin(len(micro))
     with replica.formats.step():
         if replica.coupled == "gather":
-            GatheredLoss(replica, loss, forward).run(micro, scaler)
+            gathered_step(replica, micro, loss, forward, scaler)
         else:
             for index, one in enumerate(micro):
-                replica.begin_micro(index, one.shard, last=index == len(micro) - 1)
+                replica.before_forward(index, one.shard)
                 total = _loss_of(replica, one, loss, forward, first=index == 0, pieces=len(micro))
+                replica.after_forward(one.shard)
+                replica.reducer.begin_micro(shard=one.shard, last=index == len(micro) - 1)
                 backward(total * replica.scale(scaler))
-                replica.end_micro(one.shard)
-        if not micro and replica.fresh:
-            outcome(replica, loss, verdict=0, guess=0.0)
+                replica.after_backward(index)
+            replica.stand_in(len(micro), loss)
     totals, waited = replica.reducer.finish()
     replica.end_step()
     return totals, waited
@@ -136,15 +140,15 @@ def _gradients(
 
 def _loss_of(replica: Replica, one: MicroBatch, loss: Loss, forward: Any, *, first: bool, pieces: int) -> Tensor:
     """Forward and loss of one microbatch, reported to the reducer; its loss sum, ready for backward."""
-    seed(one.stream)
+    replica.seed(one.stream)
     batch = replica.formats.place(one.batch)
     with replica.formats.forward():
         with user_code("the model", about=lambda: f"The batch was {shapes(batch)}."):
             output = call(replica.module, batch, forward)
         total, weight = pair(loss, output, batch)
     if first and replica.fresh:
-        outcome(replica, loss, verdict=check(replica, loss, output, batch, pieces), guess=float(weight) * pieces)
-    replica.reducer.report(replica.axis.rank if one.shard is None or not replica.shards else one.shard, total, weight)
+        agree(replica, loss, verdict=check(replica, loss, output, batch, pieces), guess=float(weight) * pieces).settle()
+    replica.reducer.report(replica.slot(one.shard), total, weight)
     return total
 
 
@@ -157,9 +161,3 @@ def backward(total: Tensor) -> None:
         )
     with user_code("backward of the loss"):
         total.backward()
-
-
-def seed(stream: int) -> None:
-    """Start the random stream of one microbatch: torch's generators on every device, and Python's."""
-    torch.manual_seed(stream)
-    random.seed(stream)

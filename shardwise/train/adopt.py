@@ -66,7 +66,7 @@ class CutLoader:
     def __init__(self, loader: DataLoader[Any], adopted: Adopted) -> None:
         if loader.batch_sampler is None:
             raise JobError(
-                "the DataLoader given to run.prepare has no batch sampler (an iterable data set or batch_size=None), so "
+                "the DataLoader given to run.prepare has no batch sampler (iterable data or batch_size=None), so "
                 "its batches cannot be shared out. Use sw.session(model=..., data=...), which takes iterable data sets."
             )
         if isinstance(loader.sampler, DistributedSampler):

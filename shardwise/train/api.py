@@ -72,7 +72,7 @@ def plan(
     """What would happen here (or on the cluster of a file), and why. Raises SpecError, JobError, NoPlanFits."""
     with closing(start.take()) as starter:
         found = _look(starter, _source(job), _sets(sets, parameters))
-    machines = files.load(cluster, Cluster) if cluster else discover()
+        machines = files.load(cluster, Cluster) if cluster else discover(starter=starter)
     chosen = search(found.profile, machines, found.facts, parse_plan(plan or ""))
     return PlanReport(plan=chosen, profile=found.profile, cluster=machines, facts=found.facts)
 
@@ -162,7 +162,7 @@ def prepare_run(
     found = _look(starter, source, sets)
     if old is not None:
         old.refuse_changed_job(found.sources, found.parameters)
-    machines = discover()
+    machines = discover(starter=starter)
     fixed = parse_plan(plan_text) if plan_text else {}
     if old is not None and not plan_text:
         fixed = {"exact": files.load(old.path / "plan.json", Plan).exact}
@@ -231,7 +231,7 @@ def _run_script(
     starter: Starter, script: Path, args: Sequence[str], plan_text: str | None, root: Path, display: bool
 ) -> RunResult:
     """Every rank runs the user's script, which opens a session of its own."""
-    machines = discover()
+    machines = discover(starter=starter)
     fixed = {"data": len(machines.devices), **(parse_plan(plan_text) if plan_text else {})}
     chosen = build_plan(fixed)
     folder = RunFolder.create(root, name=script.stem)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
+from typing import Any
 
 import msgspec
 
-from shardwise.cluster.env import from_environment
+from shardwise.cluster.env import Placement, from_environment
 from shardwise.comm.mesh import Mesh, connect
 from shardwise.errors import SpecError
 from shardwise.spec.plan import Plan
 from shardwise.train.folder import RunFolder
+
+
+JOIN_LIMIT_S = 120.0
 
 
 class Context(msgspec.Struct, frozen=True):
@@ -54,13 +59,25 @@ def device_of(local_rank: int) -> str:
     return f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
 
 
+def environment_store(placement: Placement) -> Any:
+    """The store that a foreign launcher's environment points to; torchrun serves one itself, else rank 0 does."""
+    if placement.world == 1:
+        return None
+    import torch.distributed as dist
+
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    limit = timedelta(seconds=JOIN_LIMIT_S)
+    host, port = placement.master_addr, placement.master_port
+    master = placement.rank == 0 and not served
+    store = dist.TCPStore(host, port, placement.world, is_master=master, timeout=limit, wait_for_workers=False)
+    return dist.PrefixStore(f"shardwise-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
 def _connect(plan: Plan | None) -> Mesh:
     placement = from_environment(os.environ)
     if placement is None:
         return connect(plan or Plan(), rank=0, world=1, store=None, device=device_of(0))
-    from shardwise.comm.store import environment_store
-
-    store = environment_store(placement.rank, placement.world, placement.master_addr, placement.master_port)
+    store = environment_store(placement)
     device = device_of(placement.local_rank)
     return connect(
         plan or Plan(data=placement.world), rank=placement.rank, world=placement.world, store=store, device=device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from typing import Any
 
 from shardwise.data.cache import cache_root
@@ -19,10 +20,6 @@ def prepare(job: TrainJob) -> Prepared:
             "sw.dataset; sw.dataset takes any PyTorch Dataset."
         )
     prepared: Prepared = description.prepare(cache_root(), seed=job.seed)
-    try:
-        length = len(prepared.train)
-    except TypeError:
-        return prepared  # an iterable data set does not know its length
-    if length < 1:
+    if isinstance(prepared.train, Sized) and len(prepared.train) < 1:
         raise DataError("data of the job has no sample to train on. Give it more data, or a shorter context.")
     return prepared

@@ -57,7 +57,8 @@ def look(job: TrainJob, *, folder: str = "") -> tuple[ModelProfile, dict[str, An
 
     prepared = prepare(job)
     with user_code("data of the job", folder=folder):
-        example = prepared.train.batch([0], [0])
+        train: Any = prepared.train
+        example = train.batch([0], [0]) if hasattr(train, "batch") else train.read([0], job.seed)[0]
     return profile(job.model, example, forward=job.forward), prepared.facts
 
 

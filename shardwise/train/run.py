@@ -167,7 +167,15 @@ def build_replica(job: TrainJob, plan: Plan, mesh: Mesh) -> Replica:
     torch.manual_seed(job.seed)
     with user_code("model of the job"):
         module = job.model()
-    return parallelize(module, plan, mesh, batch_norm=job.batch_norm, coupled=job.coupled, compile=job.compile)
+    return parallelize(
+        module,
+        plan,
+        mesh,
+        batch_norm=job.batch_norm,
+        coupled=job.coupled,
+        compile=job.compile,
+        logical_shards=job.logical_shards,
+    )
 
 
 def evaluate_replica(replica: Replica, prepared: Prepared, job: TrainJob) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shardwise.cluster.local import Zygote
+from shardwise.cluster.process import Starter
 
 # Everything that a rank needs, imported once in the zygote and shared by every fork of it.
 PRELOAD = (
@@ -15,7 +16,7 @@ PRELOAD = (
     "shardwise.models.gpt",
 )
 
-_started: Zygote | None = None  # one command starts one zygote; `take` hands it over
+_started: Starter | None = None  # one command starts one zygote; `take` hands it over
 
 
 def early(argv: Sequence[str]) -> None:
@@ -25,7 +26,7 @@ def early(argv: Sequence[str]) -> None:
         _started = Zygote.start(PRELOAD)
 
 
-def take() -> Zygote:
+def take() -> Starter:
     """The zygote of this process, started now if `early` was not called; the caller closes it."""
     global _started
     zygote, _started = _started or Zygote.start(PRELOAD), None

@@ -75,7 +75,7 @@ class Saver:
         """Write a checkpoint together with all other ranks. Raises CheckpointError on all when one could not."""
         if not self.kept:
             return
-        replica.share_buffers()
+        replica.sync_buffers()
         tensors, scalars = collect(replica.module, optimizers.optimizers)
         mine: dict[str, Any] = {"replica": replica.state(), "loss": state.loss, "evaluations": state.evaluations}
         save(

@@ -57,9 +57,9 @@ def sample(
     for token in stream(
         module, torch.tensor([ids]), tokens, temperature=temperature, top_k=top_k or None, generator=generator
     ):
-        if token == prepared.facts["end_token"]:
+        if int(token) == prepared.facts["end_token"]:
             return
-        made.append(token)
+        made.append(int(token))
         whole = tokenizer.decode(made)
         if not whole.endswith("\ufffd"):  # half of a character of several bytes
             yield whole[len(said) :]
@@ -88,9 +88,11 @@ def export(
 ) -> Path:
     """Write the run's weights in another format to `out`."""
     job = load_job(folder)
-    module = load_module(folder, job, checkpoint)
+    with user_code("model of the job"):
+        module = job.model()
     tokenizer = prepare(job).facts.get("tokenizer") if to == "transformers" else None
-    return export_checkpoint(module, to=to, out=out, tokenizer=Path(tokenizer) if tokenizer else None)
+    chosen = _store(folder).where(choose(folder, checkpoint).folder)
+    return export_checkpoint(chosen, to, out, module=module, tokenizer=tokenizer)
 
 
 def load_job(folder: RunFolder) -> TrainJob:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import runpy
 import sys
 import time
@@ -100,7 +99,7 @@ def closing(mesh: Mesh) -> Iterator[None]:
     mesh.close()
 
 
-def environment(argv: dict[str, Any]) -> None:
+def environment(argv: dict[str, Any]) -> Path:
     """One rank started by torchrun, Slurm or MPI: rank 0 opens the run folder (`argv` is what `api.train` was told)."""
     from shardwise.train.api import open_run
 
@@ -110,5 +109,4 @@ def environment(argv: dict[str, Any]) -> None:
     folder = RunFolder(Path(shared))
     with recorded(folder, mesh), closing(mesh):
         run_job(folder, mesh)
-    if mesh.rank == 0:
-        sys.stdout.write(f"{folder.path}{os.linesep}")
+    return folder.path

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from shardwise.cluster.launch import LAUNCHERS
 from shardwise.cluster.local import Zygote
 from shardwise.cluster.process import Starter
 from shardwise.cluster.ranks import run_ranks
@@ -126,6 +127,35 @@ def test_a_rank_that_cannot_be_started_ends_those_that_were(starter: Starter, tm
     assert not any(map(alive, pids_in(tmp_path)))
 
 
+def test_a_zygote_that_dies_ends_the_run(tmp_path: Path) -> None:
+    starter = Zygote.start(("json",), method="fork")
+    assert isinstance(starter, Zygote)
+
+    def kill_the_zygote() -> None:
+        if len(pids_in(tmp_path)) == 2:
+            os.kill(starter.pid, signal.SIGKILL)
+
+    with pytest.raises(ClusterError, match="the zygote .* ended by SIGKILL"):
+        run_ranks(
+            starter,
+            f"{HERE}:stubborn",
+            lambda rank: {"folder": str(tmp_path)},
+            2,
+            logs=tmp_path / "logs",
+            on_poll=kill_the_zygote,
+        )
+    assert until(lambda: not any(map(alive, pids_in(tmp_path))))
+    starter.close()
+
+
+def test_the_local_launcher(tmp_path: Path) -> None:
+    launcher = LAUNCHERS["local"](("json",))
+    exits = launcher.run(f"{HERE}:reports", lambda rank: {"folder": str(tmp_path)}, 2, logs=tmp_path)
+    launcher.close()
+    assert [end.status for end in exits] == [0, 0]
+    assert (tmp_path / "report-1").exists()
+
+
 def test_a_logs_folder_that_cannot_be_made(starter: Starter, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ClusterError, match="cannot write the ranks' logs to"):
@@ -193,6 +223,17 @@ def test_a_launcher_killed_with_sigkill_leaves_no_process(tmp_path: Path, method
     launched.process.kill()
     launched.process.wait(WAIT_S)
     assert launched.all_gone()
+
+
+def test_a_launcher_killed_while_the_zygote_imports_leaves_no_process(tmp_path: Path) -> None:
+    code = (
+        "import os; from shardwise.cluster.local import Zygote\n"
+        "print(Zygote.start(('tests.cpu.cluster.slow_to_import', 'json')).pid, flush=True); os.kill(os.getpid(), 9)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=WAIT_S, cwd=ROOT, check=False)
+    assert run.returncode == -signal.SIGKILL
+    zygote = int(run.stdout)
+    assert until(lambda: not alive(zygote))
 
 
 def test_a_stopped_zygote_does_not_outlive_its_launcher_either(tmp_path: Path) -> None:

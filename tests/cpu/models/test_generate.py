@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.errors import JobError
-from shardwise.models.generate import Cache, generate, window_of
+from shardwise.models.generate import Cache, generate, stream, window_of
 from shardwise.models.gpt import GPT
 
 
@@ -106,6 +106,19 @@ def test_sequences_end_at_stop_and_are_filled_with_it() -> None:
         assert (row[4 + len(kept) :] == stop).all()
     alone = generate(gpt, tokens[:1], 12, stop=stop)
     assert alone.shape[1] == free[0, 4:].tolist().index(stop) + 5
+
+
+def test_the_stream_gives_what_generate_joins() -> None:
+    gpt = tiny()
+    tokens = torch.randint(40, (2, 4))
+    pieces = list(stream(gpt, tokens, 7))
+    assert torch.equal(torch.stack(pieces, 1), generate(gpt, tokens, 7)[:, 4:])
+    assert not pieces[0].requires_grad
+    begun = stream(gpt, tokens, 7)
+    next(begun)
+    assert not gpt.training
+    begun.close()
+    assert gpt.training
 
 
 def test_the_training_mode_is_given_back() -> None:

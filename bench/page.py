@@ -1,0 +1,91 @@
+"""`docs/benchmarks.md` and its pictures, written from the committed results: `python -m bench.page`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.__main__ import BENCHMARKS
+from bench.machine import in_words
+from bench.plot import dots
+from bench.ratio import METHOD
+from bench.rows import Row, number
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, DOCS = ROOT / "bench" / "results", ROOT / "docs"
+PLOTTED = {"data_parallel": "ratio_to_ddp"}  # the metric of the picture; elsewhere that of the first row
+TABLE = ("| system | metric | median | range or interval | target | |", "|---|---|--:|---|---|---|")
+HEAD = f"""\
+# Benchmarks
+
+<!-- Written by `python -m bench.page` from `bench/results/*.json`. Do not edit. -->
+
+Every claim about speed is a program that anybody can run: `python -m bench` lists them, `python -m bench NAME` runs
+one beside its peers, `make bench` runs all. All systems of a case are alive at the same time and take turns; each is
+launched by its own launcher with the settings that its documentation recommends, and what they compute is compared.
+Ratios are taken round by round; their interval is a {METHOD}.
+"""
+
+
+def write_page(results: Path = RESULTS, docs: Path = DOCS) -> list[Path]:
+    """Write the page and one picture for each result in `results`; returns the files."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
+    names = [name for name in BENCHMARKS if name in found] + [name for name in found if name not in BENCHMARKS]
+    pictures = docs / "pictures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    written: list[Path] = []
+    parts = [HEAD]
+    for name in names:
+        picture = pictures / f"bench-{name}.svg"
+        rows = plotted(name, found[name]["rows"])
+        picture.write_text(dots(f"{name}: {rows[0]['metric']}" if rows else name, rows))
+        parts.append(section(name, found[name], picture.relative_to(docs)))
+        written.append(picture)
+    page = docs / "benchmarks.md"
+    page.write_text("\n".join(parts))
+    return [page, *written]
+
+
+def plotted(name: str, rows: Sequence[Row]) -> list[Row]:
+    """The rows of the metric that the picture shows."""
+    metric = PLOTTED.get(name) or (rows[0]["metric"] if rows else "")
+    return [row for row in rows if row["metric"] == metric]
+
+
+def section(name: str, document: Mapping[str, Any], picture: Path) -> str:
+    """One benchmark in Markdown: what it measures, on which machine, the picture, and a table for each case."""
+    lines = [f"## {name}", ""]
+    if name in BENCHMARKS:
+        lines += [BENCHMARKS[name][0].upper() + BENCHMARKS[name][1:] + ".", ""]
+    lines += [f"`python -m bench {name}` on: {in_words(dict(document['machine']))}.", "", f"![{name}]({picture})", ""]
+    cases = list(dict.fromkeys(row["case"] for row in document["rows"]))
+    for case in cases:
+        lines += [
+            f"### {case}",
+            "",
+            "| system | metric | median | range or interval | target | |",
+            "|---|---|--:|---|---|---|",
+        ]
+        lines += [_table_line(row) for row in document["rows"] if row["case"] == case]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _table_line(row: Row) -> str:
+    if "missing" in row:
+        return f"| {row['system']} | {row['metric']} | - | | | not installed: `{row['missing']}` |"
+    spread = ""
+    if row.get("low") is not None:
+        spread = f"{number(row['low'])} .. {number(row['high'])}"
+    elif len(row["values"]) > 1:
+        spread = f"{number(min(row['values']))} .. {number(max(row['values']))}"
+    median = f"{number(row['median'])} {row['unit']}".strip()
+    note = str(row.get("note", "")).replace("|", "\\|")
+    return f"| {row['system']} | {row['metric']} | {median} | {spread} | {row['target'] or ''} | {note} |"
+
+
+if __name__ == "__main__":
+    sys.stdout.write("".join(f"{path}\n" for path in write_page()))

@@ -1,0 +1,231 @@
+"""`parallelize`: a plain module becomes one replica of a plan's data axis; its parameters and names stay as they are."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from shardwise.comm.collectives import broadcast_all, largest
+from shardwise.comm.mesh import Mesh
+from shardwise.errors import JobError, SpecError
+from shardwise.parallel.batchnorm import BatchNormSync, batch_norms
+from shardwise.parallel.coupling import UNKNOWN, agree
+from shardwise.parallel.exact import ShardBuffers
+from shardwise.parallel.precision import Formats, LossScaler
+from shardwise.parallel.reducer import Alone, Reducer
+from shardwise.plan.support import refuse_unbuilt
+from shardwise.spec.plan import Plan
+
+
+class Replica:
+    """A module that obeys a plan on one rank. `module` is the user's own object; `fresh` until the first step agreed.
+
+    Only `parallelize` makes one. `guess` is the global weight of the last step, by which the loss is divided before
+    backward; `state` and `load_state` keep it (and the float16 loss scale) over a checkpoint.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        plan: Plan,
+        mesh: Mesh,
+        *,
+        coupled: Literal["refuse", "gather"],
+        shards: int | None,
+        norms: BatchNormSync | None,
+    ) -> None:
+        self.module = module
+        self.plan = plan
+        self.mesh = mesh
+        self.axis = mesh.axis("data")
+        self.coupled = coupled
+        self.shards = shards
+        self.formats = Formats(plan.precision, mesh.device)
+        self.scaler = LossScaler() if plan.precision == "float16" else None
+        self.guess = 1.0
+        self.fresh = True
+        self._guessed = False
+        self._norms = norms
+        self._buffers = ShardBuffers(module, self.axis) if shards else None
+        self.reducer: Reducer | Alone = Alone(self._named)
+        if self.axis.size > 1 or shards:
+            self.reducer = Reducer(self._named, self.axis, bucket_bytes=plan.sync.bucket_bytes, shards=shards)
+        self._watch: Any = None
+
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        return list(self.module.named_parameters())
+
+    # The phases of a step, in the order in which `step` calls them.
+
+    def begin(self, micros: int) -> None:
+        self.reducer.begin()
+        if self._buffers is not None:
+            self._buffers.begin()
+        if self._norms is not None:
+            self._norms.begin(micros)
+            if self.coupled == "gather" and self._norms.ragged:
+                raise JobError(
+                    "coupled='gather' with batch_norm='sync' needs as many microbatches on every rank. Choose a "
+                    "global_batch that the ranks divide, or batch_norm='local'."
+                )
+
+    def before_forward(self, index: int, shard: int | None) -> None:
+        if self._buffers is not None:
+            self._buffers.before_forward()
+        if self._norms is not None:
+            self._norms.begin_micro(index)
+
+    def after_forward(self, shard: int | None) -> None:
+        if self._buffers is not None:
+            self._buffers.after_forward(shard)
+
+    def after_backward(self, index: int) -> None:
+        if self._norms is not None:
+            self._norms.end_micro(index)
+
+    def stand_in(self, done: int, loss: Callable[[Any, Any], Any]) -> None:
+        """A rank with fewer microbatches than others takes part in what they do together."""
+        agreement = agree(self, loss, verdict=UNKNOWN, guess=0.0) if self.fresh else None
+        if self._norms is not None:
+            self._norms.stand_in(done)
+        if agreement is not None:
+            agreement.settle()
+
+    def end_step(self) -> None:
+        if self._buffers is not None:
+            self._buffers.end()
+
+    # What a step needs to know.
+
+    def slot(self, shard: int | None) -> int:
+        """Where this rank's loss and weight are counted: by shard in exact mode, by rank else."""
+        return shard if self.shards is not None and shard is not None else self.axis.rank
+
+    def scale(self, scaler: LossScaler | None) -> float:
+        """What the loss sum is multiplied with before backward."""
+        return (scaler.scale if scaler is not None else 1.0) / self.guess
+
+    def settle_guess(self, guess: float) -> None:
+        """The first guess of the global weight, from rank 0's first microbatch; a loaded one is kept."""
+        if not self._guessed and guess > 0:
+            self.guess = guess * (1 if self.coupled == "gather" else self.axis.size if not self.shards else 1)
+        self._guessed = True
+
+    @staticmethod
+    def seed(stream: int) -> None:
+        """Start the random stream of one microbatch: torch's generators on every device, and Python's."""
+        torch.manual_seed(stream)
+        random.seed(stream)
+
+    # State.
+
+    def state(self) -> dict[str, float | int]:
+        """JSON scalars that a checkpoint must keep for the next step to be the same."""
+        found: dict[str, float | int] = {"guess": self.guess}
+        if self.scaler is not None:
+            found |= {"loss_scale": self.scaler.scale, "good_steps": self.scaler.good_steps}
+        return found
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned, on whatever number of ranks."""
+        self.guess = float(state.get("guess", self.guess))
+        self._guessed = "guess" in state
+        if self.scaler is not None and "loss_scale" in state:
+            self.scaler.scale, self.scaler.good_steps = float(state["loss_scale"]), int(state["good_steps"])
+
+    def sync_buffers(self) -> None:
+        """Every rank takes rank 0's buffers (running statistics). Collective; `evaluate` calls it, and whoever saves must."""
+        buffers = list(self.module.buffers())
+        if self.axis.group is not None and buffers:
+            broadcast_all(buffers, self.axis.group)
+
+    # Loops that call backward themselves.
+
+    def synchronise(self) -> float:
+        """After the user's own `loss.backward()`, before `optimizer.step()`: average gradients over ranks.
+
+        Collective. Returns the seconds spent waiting. Backward passes outside `no_sync` send as they run, so between two
+        calls only the last one may be outside of it.
+        """
+        self._watch_forward()
+        return self.reducer.finish(mean=True)[1]
+
+    def no_sync(self) -> contextlib.AbstractContextManager[None]:
+        """Backward passes in this block accumulate on this rank only."""
+        self._watch_forward()
+        return self.reducer.no_sync()
+
+    def _watch_forward(self) -> None:
+        """In such a loop nothing else tells that parameters were frozen or thawed since the last step."""
+        if self._watch is None and isinstance(self.reducer, Reducer):
+            reducer = self.reducer
+            self._watch = self.module.register_forward_pre_hook(lambda module, args: reducer.refresh())
+
+    def close(self) -> None:
+        """Leave the module as an ordinary one: no hooks, batch norms as they were, gradients None."""
+        self.reducer.clear()
+        self.reducer.close()
+        if self._norms is not None:
+            self._norms.close()
+        if self._watch is not None:
+            self._watch.remove()
+
+
+def parallelize(
+    module: nn.Module,
+    plan: Plan,
+    mesh: Mesh,
+    *,
+    batch_norm: Literal["sync", "local"] = "sync",
+    coupled: Literal["refuse", "gather"] = "refuse",
+    compile: bool = False,
+    logical_shards: int = 4,
+) -> Replica:
+    """Make `module` a replica on this rank: moved to the mesh's device, with rank 0's values, in place. Collective.
+
+    `logical_shards` is the number of shards of the global batch in exact mode. Raises SpecError for what the plan asks
+    and this version cannot do, JobError when the ranks built different modules.
+    """
+    refuse_unbuilt(plan)
+    norms = batch_norms(module)
+    if plan.exact and batch_norm == "sync" and norms:
+        raise SpecError(
+            f"exact=True cannot synchronise batch norms ({', '.join(list(norms)[:3])}): their sums over ranks are in no "
+            "fixed order. Use batch_norm='local', or a norm over features such as GroupNorm."
+        )
+    module.to(mesh.device)
+    if plan.precision == "float64":
+        module.to(torch.float64)
+    if plan.exact:
+        torch.set_num_threads(1)
+    axis = mesh.axis("data")
+    if axis.group is not None:
+        _refuse_unlike(module, mesh)
+        broadcast_all([*module.parameters(), *module.buffers()], axis.group)
+    sync = None
+    if norms and batch_norm == "sync" and axis.size > 1:
+        second = mesh.second_group("data")
+        assert second is not None
+        sync = BatchNormSync(norms, second, mesh.device)
+    if compile:
+        module.compile()
+    return Replica(module, plan, mesh, coupled=coupled, shards=logical_shards if plan.exact else None, norms=sync)
+
+
+def _refuse_unlike(module: nn.Module, mesh: Mesh) -> None:
+    """Raise JobError on every rank when names, shapes or dtypes of the modules differ."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    described = "\n".join(f"{name} {tuple(t.shape)} {t.dtype} {t.requires_grad}" for name, t in tensors)
+    number = float(int.from_bytes(hashlib.sha256(described.encode()).digest()[:6], "little"))
+    most, least = largest([number, -number], mesh.axis("data").group, mesh.device)
+    if most != -least:
+        raise JobError(
+            f"model of the job builds different modules on different ranks; rank {mesh.rank} has {len(tensors)} tensors, "
+            f"the first {tensors[0][0] if tensors else 'none'}. Let it depend on its parameters only, not on the rank or on chance."
+        )

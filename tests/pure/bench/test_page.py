@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import json
+import math
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+from bench.page import write_page
+from bench.plot import dots
+from bench.rows import missing, ratio, result, row
+
+SVG = "{http://www.w3.org/2000/svg}"
+MACHINE: dict[str, Any] = {
+    "cpu": "EPYC <9>",
+    "cores": 2,
+    "memory_bytes": 2**34,
+    "torch": "2.13.0",
+    "device": None,
+    "load_average": 0.1,
+}
+
+
+def rows() -> list[dict[str, Any]]:
+    return [
+        row("float32 batch=2", "shardwise", "step_time", "s", "lower", [0.5, 0.6], target="<= 1.0 x ddp"),
+        row("float32 batch=2", "ddp", "step_time", "s", "lower", [0.5, 0.5]),
+        row("float32 batch=2", "lightning", "step_time", "s", "lower", [math.inf], note="round 1: hung | no answer"),
+        missing("float32 batch=2", "deepspeed", "step_time", "s", "lower", "pip install deepspeed"),
+        ratio("float32 batch=2", "shardwise", "ddp", [0.5, 0.6], [0.5, 0.5]),
+        ratio("float32 batch=8", "shardwise", "ddp", [0.9, 0.9], [1.0, 1.0]),
+    ]
+
+
+def test_the_page_shows_every_row_and_one_picture_for_each_result(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "data_parallel.json").write_text(json.dumps(result("data_parallel", MACHINE, rows(), quick=False)))
+    (results / "later.json").write_text(json.dumps(result("later", MACHINE, rows()[:2], quick=False)))
+    written = write_page(results, tmp_path / "docs")
+    page = (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert [path.name for path in written] == ["benchmarks.md", "bench-data_parallel.svg", "bench-later.svg"]
+    assert page.index("## data_parallel") < page.index("## later")
+    assert "![data_parallel](pictures/bench-data_parallel.svg)" in page
+    assert "| shardwise | step_time | 0.55 s | 0.5 .. 0.6 | <= 1.0 x ddp |  |" in page
+    assert "| deepspeed | step_time | - | | | not installed: `pip install deepspeed` |" in page
+    assert "| lightning | step_time | inf s |  |  | round 1: hung \\| no answer |" in page
+    assert "EPYC <9>, 2 cores, 16 GiB" in page
+    assert page.isascii()
+
+
+def test_a_page_without_results_is_still_a_page(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    assert [path.name for path in write_page(tmp_path / "results", tmp_path / "docs")] == ["benchmarks.md"]
+
+
+def test_a_dot_lies_where_its_median_is_and_a_ratio_has_a_line_at_one() -> None:
+    picture = ElementTree.fromstring(dots("t", [row for row in rows() if row["metric"] == "ratio_to_ddp"]))
+    at = [float(circle.attrib["cx"]) for circle in picture.iter(f"{SVG}circle")]
+    assert len(at) == 2
+    thick = [line for line in picture.iter(f"{SVG}line") if line.attrib.get("stroke-width") == "1.5"]
+    one = float(thick[0].attrib["x1"])
+    origin = min(float(line.attrib["x1"]) for line in picture.iter(f"{SVG}line") if "stroke-opacity" in line.attrib)
+    assert abs((at[0] - origin) / (one - origin) - 1.1) < 2e-3
+    assert abs((at[1] - origin) / (one - origin) - 0.9) < 2e-3
+    texts = [text.text for text in picture.iter(f"{SVG}text")]
+    assert "float32 batch=2" in texts
+    assert "float32 batch=8" in texts
+
+
+def test_a_hang_is_drawn_and_does_not_stretch_the_axis() -> None:
+    drawn = dots("t", [each for each in rows() if each["metric"] == "step_time"])
+    picture = ElementTree.fromstring(drawn)
+    assert any("hung" in (text.text or "") for text in picture.iter(f"{SVG}text"))
+    assert len(list(picture.iter(f"{SVG}circle"))) == 2
+    assert "inf" not in drawn
+    assert "nan" not in drawn
+
+
+def test_names_are_escaped() -> None:
+    picture = dots("a < b", [row("x & y", "<s>", "m", "s", "lower", [1.0])])
+    assert ElementTree.fromstring(picture).find(f"{SVG}title") is not None
