@@ -167,7 +167,8 @@ def agreement(losses: Sequence[float], others: Sequence[float], precision: str) 
     both = min(len(losses), len(others))
     if not both:
         return {"agrees": False, "max_loss_difference": math.inf, "compared_steps": 0}
-    largest = max(abs(one - other) for one, other in zip(losses[:both], others[:both], strict=True))
+    gaps = [abs(one - other) for one, other in zip(losses[:both], others[:both], strict=True)]
+    largest = max(gap if math.isfinite(gap) else math.inf for gap in gaps)
     return {
         "agrees": largest <= TOLERANCE[precision],
         "max_loss_difference": largest,

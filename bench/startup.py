@@ -80,7 +80,7 @@ def to_stamp(launched: Launched, prefix: Path, ranks: int, deadline_s: float) ->
             raise Lost(f"{how}; {launched.tail()}")
         return moment - began
     finally:
-        launched.close(grace_s=5.0)
+        launched.close(grace_s=0.0)
 
 
 def to_exit(launched: Launched, deadline_s: float) -> float:

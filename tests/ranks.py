@@ -20,6 +20,9 @@ from shardwise.comm.mesh import Mesh, connect
 from shardwise.comm.store import listen, open_store
 from shardwise.spec.plan import Plan
 
+GOOD, BAD = b"+", b"-"
+PATIENCE_S = 2.0
+
 
 class Rank(NamedTuple):
     """What the function gets first: who it is, and the store where it meets the others (None when alone)."""
@@ -88,27 +91,31 @@ def _child(rank: int, n: int, listener: Any, writer: int, fn: Callable[..., Any]
     try:
         raw = pickle.dumps(answer)
     except Exception:
-        raw = pickle.dumps((False, traceback.format_exc()))
+        answer = (False, traceback.format_exc())
+        raw = pickle.dumps(answer)
     sys.stdout.flush()
     sys.stderr.flush()
-    view = memoryview(len(raw).to_bytes(8, "little") + raw)
+    view = memoryview((GOOD if answer[0] else BAD) + raw)
     while view:
         view = view[os.write(writer, view) :]
     os._exit(0)
 
 
 def _leave_together(store: dist.Store, rank: int, n: int) -> None:
-    """The rank that serves the store leaves last, or the others would see it end; a dead rank is not waited for long."""
+    """The rank that serves the store leaves last, or the others would see it end; the dead are not waited for long."""
     if rank != 0:
         store.set(f"tests/finished/{rank}", "")  # unlike add, this waits for no answer
         return
-    end = time.monotonic() + 3
+    end = time.monotonic() + PATIENCE_S
     while time.monotonic() < end and not store.check([f"tests/finished/{r}" for r in range(1, n)]):
         time.sleep(0.005)
 
 
 def _collect(pipes: list[int], deadline: float) -> list[bytes | None]:
-    """What each rank wrote, b"" for a rank that ended without a word, None for one that is still running."""
+    """What each rank wrote, b"" for a rank that ended without a word, None for one that is still running.
+
+    Once a rank has failed the others have PATIENCE_S more: they may be waiting for it.
+    """
     raw = {reader: b"" for reader in pipes}
     waiting = set(pipes)
     while waiting and time.monotonic() < deadline:
@@ -118,11 +125,13 @@ def _collect(pipes: list[int], deadline: float) -> list[bytes | None]:
             raw[reader] += piece
             if not piece:
                 waiting.discard(reader)
+                if raw[reader].startswith(BAD):
+                    deadline = min(deadline, time.monotonic() + PATIENCE_S)
     return [None if reader in waiting else raw[reader] for reader in pipes]
 
 
 def _results(raw: list[bytes | None], timeout_s: float, may_die: tuple[int, ...]) -> list[Any]:
-    answers = [pickle.loads(r[8:]) if r else None for r in raw]
+    answers = [pickle.loads(r[1:]) if r else None for r in raw]
     failed = [(rank, a[1]) for rank, a in enumerate(answers) if a is not None and not a[0]]
     if failed:
         raise RankFailed("\n".join(f"rank {rank} of {len(raw)}:\n{text}" for rank, text in failed))

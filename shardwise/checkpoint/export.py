@@ -79,9 +79,11 @@ def export(
             _write(work, "tokenizer.json", Path(tokenizer).read_bytes())
             _write(work, "tokenizer_config.json", json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}).encode())
         work.target.publish(work.folder, place.name)
-    except (OSError, SafetensorError, CheckpointException) as error:
+    except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"the export to {place} failed: {reason}. Make room there or give another place.") from None
+        raise CheckpointError(
+            f"the export to {place} failed: {reason}. Make room there or give another place."
+        ) from None
     finally:
         with suppress(OSError):
             if work.folder in work.target.folders():
@@ -107,13 +109,17 @@ def _to_safetensors(work: _Export) -> None:
 
 
 def _to_dcp(work: _Export) -> None:
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_saver import save
 
     model: dict[str, Any] = _model(work)
     model |= {name: model[first] for name, first in _tied(work).items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that no_dist is what we asked for
-        save({"model": model, "optim": _optimizers(work)}, checkpoint_id=str(work.at), no_dist=True)
+        try:
+            save({"model": model, "optim": _optimizers(work)}, checkpoint_id=str(work.at), no_dist=True)
+        except CheckpointException as error:
+            raise OSError(str(next(iter(error.failures.values()))[0])) from None
 
 
 def _to_transformers(work: _Export) -> None:

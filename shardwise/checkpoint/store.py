@@ -260,8 +260,8 @@ class _LocalTensors:
     def part(self, key: str, box: Box) -> torch.Tensor:
         stored = self._opened.get_slice(key)
         if box == whole(tuple(stored.get_shape())):
-            return self._opened.get_tensor(key)  # type: ignore[no-any-return]
-        return stored[box.slices]  # type: ignore[no-any-return]
+            return self._opened.get_tensor(key)
+        return stored[box.slices]
 
 
 class _MemoryTensors:

@@ -68,7 +68,7 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank has of a DTensor; any other tensor itself."""
     module = sys.modules.get("torch.distributed.tensor")  # importing it takes a second, and without it there is none
     if module is not None and isinstance(tensor, module.DTensor):
-        return tensor.to_local()  # type: ignore[no-any-return]
+        return tensor.to_local()
     return tensor
 
 

@@ -31,8 +31,9 @@ def sample(
     from shardwise.train import api
 
     told = {"tokens": tokens, "temperature": temperature, "top_k": top_k, "seed": seed, "checkpoint": checkpoint}
-    pieces = api.sample(run, prompt, runs=runs, **told)
-    for number, piece in enumerate(pieces):
-        sys.stdout.write(piece if number else prompt + piece)
+    pieces = iter(api.sample(run, prompt, runs=runs, **told))
+    sys.stdout.write(prompt + next(pieces, ""))  # together: a run that is not there prints nothing
+    for piece in pieces:
+        sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")

@@ -219,12 +219,15 @@ def _stop_signals(watch: Supervision) -> Iterator[None]:
     def handle(number: int, frame: FrameType | None) -> None:
         watch.stop(number)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ours = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}  # as nohup and & ask
     try:
+        for number in ours:
+            signal.signal(number, handle)
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in ours.items():
+            signal.signal(number, old)
 
 
 def _exit(rank: int, pid: int, status: int, watch: Supervision, logs: Path) -> RankExit:

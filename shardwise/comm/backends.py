@@ -27,7 +27,7 @@ def gloo(store: dist.Store, rank: int, size: int, *, timeout_s: float, host: str
 
     Raises CommError when the ranks do not find each other within `timeout_s` seconds.
     """
-    options = dist.ProcessGroupGloo._Options()
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     make = dist.ProcessGroupGloo
     options._devices = [make.create_device(hostname=host) if host is not None else make.create_default_device()]
     options._threads = threads

@@ -120,7 +120,7 @@ def gather_bytes(raw: bytes, group: Group, device: torch.device | str = "cpu") -
 
 
 def gather_rows(mine: Tensor, rows: Sequence[int], group: Group) -> Tensor:
-    """The rows of all ranks below each other, in rank order; rank r has `rows[r]` of them and all are alike otherwise."""
+    """The rows of all ranks below each other, in rank order; rank r has `rows[r]` of them, all alike otherwise."""
     most = max(rows)
     padded = mine.new_zeros(most, *mine.shape[1:])
     padded[: mine.shape[0]] = mine

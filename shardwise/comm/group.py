@@ -57,7 +57,7 @@ class Group(dist.ProcessGroup):
         timeout_s: float = 600.0,
         settings: GroupSettings = GroupSettings(),
     ) -> None:
-        super().__init__(store, rank, size)
+        super().__init__(rank, size)  # type: ignore[call-arg]  # only this form lets Python override operations
         self._store = store
         self._inners = inners
         self._lock = threading.Lock()
@@ -247,7 +247,7 @@ class Group(dist.ProcessGroup):
         opts = _options(dist.AllgatherOptions, opts, None)
         return self._run("all_gather", [input], lambda inner: inner._allgather_base(output, input, opts))
 
-    _allgather_base = all_gather_single  # type: ignore[assignment]
+    _allgather_base = all_gather_single
 
     def allgather_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> GuardedWork:
         opts = _options(dist.AllgatherOptions, opts, None)
@@ -326,7 +326,7 @@ class Group(dist.ProcessGroup):
 
 
 def create(options: Any, settings: Any) -> Group:
-    """What `torch.distributed` calls to make a group of backend "shardwise"; `settings` is a `GroupSettings` or None."""
+    """What `torch.distributed` calls to make a group of backend "shardwise"; `settings`: `GroupSettings` or None."""
     world = dist.group.WORLD if dist.is_initialized() else None
     if settings is None:
         settings = world.settings if isinstance(world, Group) else GroupSettings()

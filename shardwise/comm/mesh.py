@@ -47,7 +47,7 @@ class Mesh:
         return Axis(name, place, getattr(self.plan, name), self._groups.get(name))
 
     def second_group(self, name: str) -> Group | None:
-        """A further group over the ranks of an axis, with an order of its own; every rank of the mesh must call this."""
+        """A further group over the ranks of an axis, with an order of its own; every rank of the mesh must call it."""
         lines = _lines(self.plan, name)
         if len(lines[0]) == 1:
             return None
@@ -100,8 +100,9 @@ def connect(
 ) -> Mesh:
     """Connect this rank to the others of `plan`; every rank calls it once for each generation.
 
-    With `world` == 1 there is no group, no store and no socket. gloo listens on `host`; without one, on loopback when all
-    ranks share this host, else on this host's address towards the store (`GLOO_SOCKET_IFNAME` overrides that).
+    With `world` == 1 there is no group, no store and no socket. gloo listens on `host`; without one, on loopback
+    when all ranks share this host, else on this host's address towards the store (`GLOO_SOCKET_IFNAME` overrides it).
+
     Raises SpecError when the plan has another number of ranks, ClusterError for a device that is not there, CommError
     when the others do not answer in `timeout_s` seconds.
     """

@@ -62,7 +62,7 @@ def nodes(first: int, last: int, total: int) -> list[Node]:
 
 
 def tree_sum(parts: Iterable[tuple[Node, T]], total: int, add: Callable[[T, T], T]) -> T:
-    """The sum over the whole tree of parts that cover it, given from left to right. Raises ValueError when they do not."""
+    """The sum over the whole tree of parts that cover it, from left to right. Raises ValueError when they do not."""
     found: list[tuple[Node, T]] = []
     for node, value in parts:
         push(found, node, value, total, add)

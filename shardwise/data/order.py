@@ -18,6 +18,7 @@ _Words = npt.NDArray[np.uint64]
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+_SPREAD = 0xD1342543DE82EF95  # odd: keeps a number from cancelling the state before it
 _ROUNDS = 8
 
 
@@ -67,7 +68,7 @@ def stream_seed(seed: int, *numbers: int) -> int:
     """A seed in 0..2**63-1 for the random stream named by `numbers`; equal names give equal seeds anywhere."""
     state = _hash(seed & _MASK)
     for number in numbers:
-        state = _hash(state ^ _hash(number & _MASK))
+        state = _hash((state * _SPREAD + _hash(number & _MASK)) & _MASK)
     return state >> 1
 
 
@@ -106,7 +107,7 @@ def _as_words(number: int, shape: Sequence[int]) -> _Words:
 
 
 def _chain(state: _Words, numbers: _Words) -> _Words:
-    return hash_words(state ^ hash_words(numbers))
+    return hash_words(state * np.uint64(_SPREAD) + hash_words(numbers))
 
 
 def _feistel(offsets: _Words, keys: _Words, side: int, other: int) -> _Words:

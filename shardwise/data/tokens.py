@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import shutil
@@ -190,10 +191,13 @@ def _append(
 
 @contextlib.contextmanager
 def parallel_tokenizers() -> Iterator[None]:
-    """Let the library use its threads here unless the user forbade it; afterwards not, since a child forked later
-    would wait for threads that it does not have. The word `off` tells our own setting from the user's."""
+    """Let the library use its threads here, unless the user has decided or this is a fork of a process that used them.
+
+    Afterwards they are off, since a child forked later would wait for threads that it does not have. The word `off`
+    tells our own setting from the user's.
+    """
     name, ours = "TOKENIZERS_PARALLELISM", "off"
-    if os.environ.get(name, ours) != ours:
+    if os.environ.get(name, ours) != ours or _owner_of_threads() != os.getpid():
         yield
         return
     os.environ[name] = "true"
@@ -201,6 +205,12 @@ def parallel_tokenizers() -> Iterator[None]:
         yield
     finally:
         os.environ[name] = ours
+
+
+@functools.cache
+def _owner_of_threads() -> int:
+    """The process that first used the library's threads; a fork inherits the answer, not the threads."""
+    return os.getpid()
 
 
 def _byte_chars() -> list[str]:

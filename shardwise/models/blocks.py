@@ -40,7 +40,8 @@ def _is_chain(module: nn.Module, children: list[nn.Module], total: int) -> bool:
     kinds = Counter(type(child) for child in children)
     if isinstance(module, nn.ModuleDict) and len(kinds) > 1:
         return False
-    repeated = [child for child in children if kinds[type(child)] > 1]
+    # Several embeddings (words, positions, types) stand side by side, not in a chain.
+    repeated = [child for child in children if kinds[type(child)] > 1 and not isinstance(child, nn.Embedding)]
     return len(repeated) > 1 and num_parameters(repeated) >= LEAST_SHARE * total
 
 

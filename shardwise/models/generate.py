@@ -32,20 +32,26 @@ def generate(
     dropped. Any module that maps tokens to logits [B, T, V] will do; only a GPT keeps a cache. Raises JobError.
     """
     done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    columns = [tokens]
+    made = [tokens]
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "generator": generator, "context": context}
-    for new in stream(model, tokens, max_new, **options):
+    for new in columns(model, tokens, max_new, **options):
         if stop is not None:
             new = torch.where(done, stop, new)
             done |= new == stop
-        columns.append(new[:, None])
+        made.append(new[:, None])
         if stop is not None and bool(done.all()):
             break
-    return torch.cat(columns, dim=1)
+    return torch.cat(made, dim=1)
+
+
+def stream(model: nn.Module, tokens: Tensor, max_new: int, **options: Any) -> Iterator[int]:
+    """The tokens that follow `tokens` [1, T], each as soon as it is known; options as for `columns`."""
+    for new in columns(model, tokens, max_new, **options):
+        yield int(new[0])
 
 
 @torch.no_grad()
-def stream(
+def columns(
     model: nn.Module,
     tokens: Tensor,
     max_new: int,

@@ -13,6 +13,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -141,38 +142,28 @@ class _Measurement:
         return keep
 
     def _watch(self, module: nn.Module, blocks: dict[str, nn.Module], samples: int) -> Iterator[Any]:
-        """Hooks that follow the run: into and out of each block, and where every other module with parameters ran."""
-
-        def entering(name: str) -> Callable[..., None]:
-            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                if self.place == (BEFORE, False):
-                    # Tables of positions and the like come along too, but only what grows with the batch must travel.
-                    inputs = [t for t in tensors_in((args, kwargs)) if t.ndim and t.shape[0] == samples]
-                    self.left[BEFORE] = sum(tensor.nbytes for tensor in inputs)
-                self._move((name, False))
-                self.ran[name] = None
-
-            return hook
-
-        def leaving(name: str) -> Callable[..., None]:
-            def hook(_: nn.Module, __: Any, output: Any) -> None:
-                self.left[name] = sum(tensor.nbytes for tensor in tensors_in(output))
-                self._move((name, True))
-
-            return hook
-
-        def seeing(name: str) -> Callable[..., None]:
-            def hook(_: nn.Module, __: Any) -> None:
-                self.first_seen.setdefault(name, self.place)
-
-            return hook
-
+        """Hooks that follow the run: into and out of each block, and where every module outside of them ran."""
         for name, block in blocks.items():
-            yield block.register_forward_pre_hook(entering(name), with_kwargs=True)
-            yield block.register_forward_hook(leaving(name))
+            yield block.register_forward_pre_hook(partial(self._enter, name, samples), with_kwargs=True)
+            yield block.register_forward_hook(partial(self._leave, name))
         for name, inner in module.named_modules():
             if owner(name, blocks) is None:
-                yield inner.register_forward_pre_hook(seeing(name))
+                yield inner.register_forward_pre_hook(partial(self._see, name))
+
+    def _enter(self, name: str, samples: int, _: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self.ran:
+            # Tables of positions and the like come along too, but only what grows with the batch must travel.
+            inputs = [t for t in tensors_in((args, kwargs)) if t.ndim and t.shape[0] == samples]
+            self.left[BEFORE] = sum(tensor.nbytes for tensor in inputs)
+        self._move((name, False))
+        self.ran[name] = None
+
+    def _leave(self, name: str, _: nn.Module, __: Any, output: Any) -> None:
+        self.left[name] = sum(tensor.nbytes for tensor in tensors_in(output))
+        self._move((name, True))
+
+    def _see(self, name: str, _: nn.Module, __: Any) -> None:
+        self.first_seen.setdefault(name, self.place)
 
     def _result(self, module: nn.Module, blocks: dict[str, nn.Module], samples: int, sample: str) -> ModelProfile:
         ran = list(self.ran)

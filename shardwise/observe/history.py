@@ -106,7 +106,7 @@ def word(event: Event, key: str) -> str:
 
 def printable(text: str) -> str:
     """The text on one line, without terminal escapes and other characters that do not print."""
-    return " ".join("".join(c if c.isprintable() else " " for c in ESCAPE.sub("", text)).split(" ")).strip()
+    return " ".join("".join(c if c.isprintable() else " " for c in ESCAPE.sub("", text)).split())
 
 
 def learning_rate(event: Event) -> float | None:

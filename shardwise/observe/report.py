@@ -36,7 +36,7 @@ h1 { font-size: 1.4rem; margin-bottom: 0; } h2 { font-size: 1.05rem; margin-top:
 table { border-collapse: collapse; } th, td { padding: .25rem 1rem .25rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; font-variant-numeric: tabular-nums; } th { font-weight: 600; white-space: nowrap; }
 .warning { border-left: 4px solid #f59e0b; padding-left: .75rem; }
-.failed { border-left: 4px solid #ef4444; padding-left: .75rem; }
+.failed { white-space: pre-line; border-left: 4px solid #ef4444; padding-left: .75rem; }
 """
 
 

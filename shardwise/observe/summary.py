@@ -171,7 +171,7 @@ def summarise(
         run_seconds=_run_seconds(found, steps),
         peak_bytes=memory,
         compared=_compared(_prediction(started, plan), rate, steps, memory),
-        checkpoints=_checkpoints(found),
+        checkpoints=_checkpoints(run, found),
         resumed=tuple(_resumed(event) for event in named(found, "resumed")),
         skipped=sum(event.get("skipped") is True for event in steps),
         warnings=(*notes, *_warnings(found)),
@@ -373,16 +373,22 @@ def _median_parts(steps: Sequence[Event]) -> dict[str, float]:
     return {part: statistics.median(parts[part] for parts in split) for part in PARTS} if split else {}
 
 
-def _checkpoints(found: Sequence[Event]) -> tuple[Checkpoint, ...]:
+def _checkpoints(run: Path, found: Sequence[Event]) -> tuple[Checkpoint, ...]:
     return tuple(
         Checkpoint(
             step=whole(event, "step") or 0,
-            path=word(event, "path"),
+            path=_inside(run, word(event, "path")),
             num_bytes=whole(event, "bytes") or 0,
             seconds=amount(event, "seconds"),
         )
         for event in committed(found, "checkpoint_saved")
     )
+
+
+def _inside(run: Path, path: str) -> str:
+    """The path from the run folder on, if it lies there."""
+    before, folder, rest = path.rpartition(f"/{run.name}/")
+    return rest if folder and before else path
 
 
 def _resumed(event: Event) -> str:
@@ -421,5 +427,7 @@ def _samples(event: Event) -> str:
 
 
 def _failure(found: Sequence[Event]) -> str:
+    """The message of the error that ended the run, line by line: it may hold a diff or the end of a log."""
     event = (named(found, "run_failed") or [{}])[-1]
-    return word(event, "message") or word(event, "kind") or "no reason was recorded"
+    lines = [printable(line) for line in str(event.get("message") or event.get("kind") or "").splitlines()]
+    return "\n".join(filter(None, lines)) or "no reason was recorded"

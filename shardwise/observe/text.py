@@ -55,7 +55,7 @@ def outcome_lines(summary: Summary, *, blocks: bool = False) -> list[str]:
                 else "",
             ),
             *(("warning", text) for text in summary.warnings),
-            ("failed", summary.failure),
+            ("failed", summary.failure.replace("\n", "\n" + " " * LABEL_WIDTH)),
         ]
     )
     return [*lines, *([""] if summary.compared else []), *compared_lines(summary.compared)]
@@ -63,7 +63,7 @@ def outcome_lines(summary: Summary, *, blocks: bool = False) -> list[str]:
 
 def parameters_text(parameters: Mapping[str, Any]) -> str:
     """`lr=0.001 layers=6`, as `--set` takes them."""
-    return " ".join(f"{name}={printable(str(value))}" for name, value in parameters.items())
+    return " ".join(f"{name}={printable(str(value)) or repr('')}" for name, value in parameters.items())
 
 
 def state_text(summary: Summary) -> str:
@@ -173,10 +173,10 @@ def off_by(row: Compared) -> str:
 
 
 def figure(value: float | None) -> str:
-    """A loss: three decimals, or four digits where that says nothing."""
+    """A loss: three decimals, or four digits where that says little."""
     if value is None:
         return "-"
-    return f"{value:.3f}" if 0.1 <= abs(value) < 1e5 or value == 0 or not math.isfinite(value) else f"{value:.3e}"
+    return f"{value:.3f}" if 0.1 <= abs(value) < 1e5 or value == 0 or not math.isfinite(value) else f"{value:.4g}"
 
 
 def percent(share: float) -> str:

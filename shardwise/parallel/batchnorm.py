@@ -144,8 +144,8 @@ class _Normalise(torch.autograd.Function):
         total = counts.sum()
         if float(total) < 2:
             raise JobError(
-                f"a batch norm got one value for each of its {channels} channels over all ranks, from which no variance "
-                "can be taken. Raise global_batch, or use a norm over features such as GroupNorm."
+                f"a batch norm got one value for each of its {channels} channels over all ranks, from which no "
+                "variance can be taken. Raise global_batch, or use a norm over features such as GroupNorm."
             )
         mean = (means * counts).sum(0) / total
         variance = (squares + counts * (means - mean).square()).sum(0) / total  # Chan et al. 1979

@@ -20,7 +20,7 @@ class Verdict(NamedTuple):
 def judge(
     totals: Totals, raw_norm: float, *, guess: float, loss_scale: float, clip_norm: float | None, unit: str
 ) -> Verdict:
-    """`raw_norm` is that of gradients of `loss_scale / guess` times the loss sum; `factor` makes them the clipped mean's.
+    """`raw_norm` is that of gradients of `loss_scale / guess` times the loss sum; `factor` makes them the clipped ones.
 
     Clipping follows Pascanu et al. 2013 as torch's `clip_grad_norm_` does it. `unit` is what a slot is: rank or shard.
     """

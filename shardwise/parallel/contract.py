@@ -26,8 +26,8 @@ def pair(function: Callable[[Any, Any], Any], output: Any, batch: Any, *, field:
         returned = function(output, batch)
     if not isinstance(returned, (tuple, list)) or len(returned) != 2:
         raise JobError(
-            f"{field} ({name}) returned {shapes(returned)}; it must return a pair (sum, weight): the sum over the counted "
-            f"elements and how many there are, such as (loss.sum(), loss.numel()). {about()}"
+            f"{field} ({name}) returned {shapes(returned)}; it must return a pair (sum, weight): the sum over the "
+            f"counted elements and how many there are, such as (loss.sum(), loss.numel()). {about()}"
         )
     total, weight = (
         _scalar(value, field, name, part, about) for value, part in zip(returned, ("sum", "weight"), strict=True)

@@ -28,7 +28,7 @@ ROUGH = 3e-2  # outputs in 16 bits
 
 
 def check(replica: Replica, loss: Loss, output: Any, batch: Any, pieces: int) -> int:
-    """SEPARATE when the loss of the local batch is the sum over its halves, COUPLED when not, UNKNOWN when it cannot tell.
+    """SEPARATE when the loss of the local batch is the sum over its halves, COUPLED when not, else UNKNOWN.
 
     Nothing is evaluated where the batch is never cut: one rank, one microbatch, not exact.
     """
@@ -109,16 +109,16 @@ class Agreement:
         name = name_of(self._loss)
         if replica.coupled == "refuse" and verdict == COUPLED:
             raise JobError(
-                f"loss ({name}) of a whole batch is not the sum of that over its halves, so ranks and microbatches would "
-                "change it. If it compares samples with each other (contrastive, in-batch negatives), set "
+                f"loss ({name}) of a whole batch is not the sum of that over its halves, so ranks and microbatches "
+                "would change it. If it compares samples with each other (contrastive, in-batch negatives), set "
                 "coupled='gather' in the job: then every rank computes it on the outputs of the whole global batch. If "
                 "not, let it return (sum over the samples, their number) instead of a mean."
             )
         if replica.coupled == "refuse" and verdict == UNKNOWN and replica.axis.rank == 0:
             events.emit(
                 "warning",
-                message=f"could not check that loss ({name}) treats samples separately (one sample a rank, or an output "
-                "that cannot be halved); if it compares samples with each other, set coupled='gather'.",
+                message=f"could not check that loss ({name}) treats samples separately (one sample a rank, or an "
+                "output that cannot be halved); if it compares samples with each other, set coupled='gather'.",
             )
 
 

@@ -45,7 +45,8 @@ class ShardBuffers:
         elif self._versions != self._untracked():
             raise JobError(
                 "a buffer of the model that no training step had changed before changed in this one, which exact=True "
-                f"cannot follow. Buffers: {', '.join(self._names)}. Let it change from the first step on, or plan exact=false."
+                f"cannot follow. Buffers: {', '.join(self._names)}. Let it change from the first step on, or plan "
+                "without exact."
             )
         if self._axis.group is not None and self._tracked:
             broadcast_all(self._tracked, self._axis.group)

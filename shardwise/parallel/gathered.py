@@ -48,7 +48,8 @@ def gathered_step(
         return
     whole = [_gather(replica, pieces, source, counts, index) for index, source in enumerate(sources)]
     if not pieces:
-        agree(replica, loss, verdict=SEPARATE, guess=0.0).settle() if replica.fresh else None
+        if replica.fresh:
+            agree(replica, loss, verdict=SEPARATE, guess=0.0).settle()
         return
     grads = _loss(replica, loss, whole, pieces[0].spec, scaler, reports=not any(counts[: replica.axis.rank]))
     first_row = sum(counts[: replica.axis.rank])
@@ -76,19 +77,20 @@ def _is_rows(leaf: Any, rows: int) -> bool:
 
 def _meet(replica: Replica, pieces: list[Piece]) -> tuple[list[int], list[Any]]:
     """Samples of every rank, and for each leaf `[dtype, shape of a row]`, or None where it has no rows."""
-    leaves = [
-        [str(leaf.dtype).removeprefix("torch."), list(leaf.shape[1:])] if rows else None
-        for leaf, rows in zip(pieces[0].leaves, pieces[0].per_sample, strict=True)
-    ] if pieces else []  # fmt: skip
-    mine = {"rows": sum(piece.rows for piece in pieces), "leaves": leaves}
+    leaves: list[Any] = []
+    if pieces:
+        for leaf, rows in zip(pieces[0].leaves, pieces[0].per_sample, strict=True):
+            leaves.append([str(leaf.dtype).removeprefix("torch."), list(leaf.shape[1:])] if rows else None)
+    count = sum(piece.rows for piece in pieces)
     if replica.axis.group is None:
-        return [mine["rows"]], leaves
+        return [count], leaves
+    mine = {"rows": count, "leaves": leaves}
     told = [json.loads(raw) for raw in gather_bytes(json.dumps(mine).encode(), replica.axis.group, replica.mesh.device)]
     active = [one["leaves"] for one in told if one["rows"]]
     if any(one != active[0] for one in active):
         raise JobError(
-            f"coupled='gather' needs outputs and batches of one shape (but for the number of samples) on every rank; they "
-            f"have {active}. Pad the batches to one length."
+            "coupled='gather' needs outputs and batches of one shape (but for the number of samples) on every rank; "
+            f"they have {active}. Pad the batches to one length."
         )
     return [one["rows"] for one in told], active[0] if active else []
 

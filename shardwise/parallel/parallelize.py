@@ -1,11 +1,11 @@
-"""`parallelize`: a plain module becomes one replica of a plan's data axis; its parameters and names stay as they are."""
+"""`parallelize`: a plain module becomes one replica of a plan's data axis; its parameters and names stay its own."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -111,10 +111,11 @@ class Replica:
         """What the loss sum is multiplied with before backward."""
         return (scaler.scale if scaler is not None else 1.0) / self.guess
 
-    def settle_guess(self, guess: float) -> None:
-        """The first guess of the global weight, from rank 0's first microbatch; a loaded one is kept."""
-        if not self._guessed and guess > 0:
-            self.guess = guess * (1 if self.coupled == "gather" else self.axis.size if not self.shards else 1)
+    def settle_guess(self, weight: float) -> None:
+        """The first guess of the global weight: `weight` is rank 0's share of it, or shard 0's in exact mode, or all of
+        it when losses are gathered. A loaded guess is kept."""
+        if not self._guessed and weight > 0:
+            self.guess = weight * (1 if self.coupled == "gather" else self.shards or self.axis.size)
         self._guessed = True
 
     @staticmethod
@@ -140,7 +141,7 @@ class Replica:
             self.scaler.scale, self.scaler.good_steps = float(state["loss_scale"]), int(state["good_steps"])
 
     def sync_buffers(self) -> None:
-        """Every rank takes rank 0's buffers (running statistics). Collective; `evaluate` calls it, and whoever saves must."""
+        """Every rank takes rank 0's buffers (running statistics). Collective; `evaluate` and whoever saves call it."""
         buffers = list(self.module.buffers())
         if self.axis.group is not None and buffers:
             broadcast_all(buffers, self.axis.group)
@@ -150,8 +151,8 @@ class Replica:
     def synchronise(self) -> float:
         """After the user's own `loss.backward()`, before `optimizer.step()`: average gradients over ranks.
 
-        Collective. Returns the seconds spent waiting. Backward passes outside `no_sync` send as they run, so between two
-        calls only the last one may be outside of it.
+        Collective. Returns the seconds spent waiting. Backward passes outside `no_sync` send as they run, so between
+        two calls only the last one may be outside of it.
         """
         self._watch_forward()
         return self.reducer.finish(mean=True)[1]
@@ -196,8 +197,8 @@ def parallelize(
     norms = batch_norms(module)
     if plan.exact and batch_norm == "sync" and norms:
         raise SpecError(
-            f"exact=True cannot synchronise batch norms ({', '.join(list(norms)[:3])}): their sums over ranks are in no "
-            "fixed order. Use batch_norm='local', or a norm over features such as GroupNorm."
+            f"exact=True cannot synchronise batch norms ({', '.join(list(norms)[:3])}): their sums over ranks are in "
+            "no fixed order. Use batch_norm='local', or a norm over features such as GroupNorm."
         )
     module.to(mesh.device)
     if plan.precision == "float64":
@@ -226,6 +227,6 @@ def _refuse_unlike(module: nn.Module, mesh: Mesh) -> None:
     most, least = largest([number, -number], mesh.axis("data").group, mesh.device)
     if most != -least:
         raise JobError(
-            f"model of the job builds different modules on different ranks; rank {mesh.rank} has {len(tensors)} tensors, "
-            f"the first {tensors[0][0] if tensors else 'none'}. Let it depend on its parameters only, not on the rank or on chance."
+            f"model of the job builds different modules on different ranks (rank {mesh.rank}: {len(tensors)} tensors). "
+            "Let its shapes depend on the job's parameters only, not on the rank or on chance."
         )

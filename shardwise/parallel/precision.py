@@ -49,7 +49,8 @@ class Formats:
         self.cast = DTYPES[precision] if precision in ("bfloat16", "float16") else None
         if self.cast is not None and not _supported(device.type, self.cast):
             raise SpecError(
-                f"precision={precision} is not supported by this torch on {device.type}. Use precision=bfloat16 or float32."
+                f"precision={precision} is not supported by this torch on {device.type}. "
+                "Use precision=bfloat16 or float32."
             )
 
     @contextlib.contextmanager

@@ -56,7 +56,7 @@ class Reducer:
         self._leaf: Node | None = None
         self._next = 0
         self._sending = True
-        self._mean = False
+        self._mean = True  # a loop of the user's own sends averages before anybody called `begin`
         self._build()
 
     # A step.
@@ -66,6 +66,7 @@ class Reducer:
         self.refresh()
         for parameter in self._parameters:
             parameter.grad = None
+        self._mean = False
         self._sending = False
 
     def begin_micro(self, *, shard: int | None = None, last: bool) -> None:
@@ -213,8 +214,8 @@ class Reducer:
             self._advance()
         elif bucket.missing < 0:
             raise JobError(
-                f"the gradient of '{self._names[index]}' arrived again after it had been sent. Either backward ran twice "
-                "without run.no_sync() around all but the last, or activation checkpointing is reentrant: "
+                f"the gradient of '{self._names[index]}' arrived again after it had been sent. Either backward ran "
+                "twice without run.no_sync() around all but the last, or activation checkpointing is reentrant: "
                 "use use_reentrant=False."
             )
 
@@ -346,7 +347,7 @@ class Alone:
 
 
 def norm_of(tensors: Sequence[Tensor]) -> float:
-    """The 2-norm over all elements of all tensors: each in float32 (float64 where they are), then together in float64."""
+    """The 2-norm over all elements: each tensor's in float32 (float64 where it is), together in float64."""
     if not tensors:
         return 0.0
     kinds = [torch.float64 if t.dtype == torch.float64 else torch.float32 for t in tensors]

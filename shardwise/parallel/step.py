@@ -147,7 +147,8 @@ def _loss_of(replica: Replica, one: MicroBatch, loss: Loss, forward: Any, *, fir
             output = call(replica.module, batch, forward)
         total, weight = pair(loss, output, batch)
     if first and replica.fresh:
-        agree(replica, loss, verdict=check(replica, loss, output, batch, pieces), guess=float(weight) * pieces).settle()
+        share = 1 if replica.shards else pieces
+        agree(replica, loss, verdict=check(replica, loss, output, batch, pieces), guess=float(weight) * share).settle()
     replica.reducer.report(replica.slot(one.shard), total, weight)
     return total
 
@@ -156,8 +157,8 @@ def backward(total: Tensor) -> None:
     """Raises JobError where the loss does not depend on a parameter, or the user's own backward fails."""
     if not total.requires_grad:
         raise JobError(
-            "the loss does not depend on any parameter that requires a gradient, so there is nothing to train. Check that "
-            "the model is not frozen, and that the loss uses its output without detach() or .item()."
+            "the loss does not depend on any parameter that requires a gradient, so there is nothing to train. Check "
+            "that the model is not frozen, and that the loss uses its output without detach() or .item()."
         )
     with user_code("backward of the loss"):
         total.backward()

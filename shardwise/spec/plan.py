@@ -14,7 +14,11 @@ Precision = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 class Split(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How one weight is cut over the tensor axis; `parts` are fused pieces or uneven head counts, by rank."""
+    """How one weight is cut over the tensor axis.
+
+    `parts[piece * tensor + rank]` are sizes in units, of which the cut dimension is a multiple: `(4, 4, 1, 1, 1, 1)`
+    is a fused query, key and value with 8, 2 and 2 heads on 2 ranks. Empty: equal parts.
+    """
 
     how: Literal["column", "row", "vocabulary", "whole"]
     parts: tuple[int, ...] = ()

@@ -163,9 +163,10 @@ def prepare_run(
     if old is not None:
         old.refuse_changed_job(found.sources, found.parameters)
     machines = discover(starter=starter)
-    fixed = parse_plan(plan_text) if plan_text else {}
-    if old is not None and not plan_text:
-        fixed = {"exact": files.load(old.path / "plan.json", Plan).exact}
+    fixed = parse_plan(plan_text or "")
+    if old is not None:  # what decides the numbers stays as it was, on whatever number of ranks
+        before = files.load(old.path / "plan.json", Plan)
+        fixed = {"exact": before.exact, "precision": before.precision, **fixed}
     chosen = search(found.profile, machines, found.facts, fixed)
     folder = old or RunFolder.create(root, name=name or source.function.replace("job", Path(source.path).stem))
     if old is None:

@@ -14,7 +14,6 @@ from shardwise.errors import SpecError
 from shardwise.spec.plan import Plan
 from shardwise.train.folder import RunFolder
 
-
 JOIN_LIMIT_S = 120.0
 
 

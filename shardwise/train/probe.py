@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from shardwise.errors import JobError
 from shardwise.spec import files
 from shardwise.spec.job import JobFacts, TrainJob
 from shardwise.spec.profile import ModelProfile
@@ -52,14 +53,18 @@ def probe(source: capture.JobSource, sets: Mapping[str, Any]) -> Probe:
 def look(job: TrainJob, *, folder: str = "") -> tuple[ModelProfile, dict[str, Any]]:
     """Prepare the data (through its cache) and profile the model on one sample of it; (profile, facts of the data)."""
     from shardwise.models.profile import profile
-    from shardwise.parallel.blame import user_code
+    from shardwise.parallel.blame import user_code, where
     from shardwise.train.data import prepare
 
     prepared = prepare(job)
     with user_code("data of the job", folder=folder):
         train: Any = prepared.train
         example = train.batch([0], [0]) if hasattr(train, "batch") else train.read([0], job.seed)[0]
-    return profile(job.model, example, forward=job.forward), prepared.facts
+    try:
+        return profile(job.model, example, forward=job.forward), prepared.facts
+    except JobError as error:
+        place = where(error.__cause__, folder) if error.__cause__ else ""
+        raise JobError(f"{error}" + (f" It failed{place}." if place else "")) from None
 
 
 def facts(job: TrainJob) -> JobFacts:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from shardwise.checkpoint.state import collect
 from shardwise.checkpoint.store import LocalStore
 from shardwise.errors import CheckpointError
 from shardwise.models.gpt import GPT
-from tests.cpu.checkpoint.world import Net, bits, optimizers_of, save_alone, save_on, trained
+from tests.cpu.checkpoint.world import Net, bits, save_alone, save_on, trained
 
 
 def saved_net(place: Path) -> tuple[Net, list[torch.optim.Optimizer]]:
@@ -59,12 +61,12 @@ def test_torch_distributed_checkpoint_reads_model_and_optimizers(tmp_path: Path)
         "model": fresh.state_dict(),
         "optim": get_optimizer_state_dict(fresh, fresh_optimizers),
     }
-    dcp.load(state, checkpoint_id=str(tmp_path / "out"), no_dist=True)
+    with pytest.warns(UserWarning, match="in a single process"):
+        dcp.load(state, checkpoint_id=str(tmp_path / "out"), no_dist=True)
     assert bits(state["model"]) == bits(net.state_dict())
     for name, entries in expected["state"].items():
         assert bits(state["optim"]["state"][name]) == bits(entries)
     assert state["optim"]["param_groups"] == expected["param_groups"]
-    assert optimizers_of(fresh)
 
 
 def test_a_gpt_becomes_a_llama_with_the_same_logits(tmp_path: Path) -> None:
@@ -121,6 +123,21 @@ def test_what_transformers_does_not_know_is_refused_with_the_formats_that_work(t
     with pytest.raises(CheckpointError, match=r"a Net has no form in transformers.*safetensors or --to dcp"):
         export(tmp_path / "checkpoints", "transformers", tmp_path / "out", module=Net(seed=0))
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"], "nothing half-written"
+
+
+@pytest.mark.parametrize("to", ["safetensors", "dcp", "transformers"])
+def test_a_failing_disk_leaves_nothing_behind(tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpt = GPT(layers=1, width=8, heads=2, vocab=5, context=4)
+    tensors, scalars = collect(gpt)
+    save_alone(LocalStore(tmp_path / "checkpoints"), tensors=tensors, scalars=scalars)
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        export(tmp_path / "checkpoints", to, tmp_path / "out", module=gpt)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
 def test_errors_say_what_to_do(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.errors import JobError
-from shardwise.models.generate import Cache, generate, stream, window_of
+from shardwise.models.generate import Cache, columns, generate, stream, window_of
 from shardwise.models.gpt import GPT
 
 
@@ -111,10 +111,11 @@ def test_sequences_end_at_stop_and_are_filled_with_it() -> None:
 def test_the_stream_gives_what_generate_joins() -> None:
     gpt = tiny()
     tokens = torch.randint(40, (2, 4))
-    pieces = list(stream(gpt, tokens, 7))
+    pieces = list(columns(gpt, tokens, 7))
     assert torch.equal(torch.stack(pieces, 1), generate(gpt, tokens, 7)[:, 4:])
     assert not pieces[0].requires_grad
-    begun = stream(gpt, tokens, 7)
+    assert list(stream(gpt, tokens[:1], 7)) == [int(piece[0]) for piece in pieces]
+    begun = columns(gpt, tokens, 7)
     next(begun)
     assert not gpt.training
     begun.close()

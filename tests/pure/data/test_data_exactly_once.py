@@ -1,4 +1,4 @@
-"""Runs that stop and resume on other numbers of ranks: every sample once an epoch, and the same samples in each step."""
+"""Runs that stop and resume on other numbers of ranks: every sample once an epoch, the same ones in each step."""
 
 from __future__ import annotations
 

@@ -105,13 +105,14 @@ def test_the_pause_before_a_resumption_is_no_part_of_the_time(tmp_path: Path) ->
 
 def test_a_failed_run_says_why(tmp_path: Path) -> None:
     story = Story().start().step(1, math.nan).tell("non_finite", step=1, rank=0, samples=list(range(20)))
-    story.tell("run_failed", kind="NonFiniteLoss", message="the loss is NaN.").tell(
+    story.tell("run_failed", kind="NonFiniteLoss", message="the loss is NaN.\nLog:\n\x1b[31mend").tell(
         "run_finished", step=1, status="failed"
     )
     found = summarise(tmp_path, story.events)
-    assert (found.status, found.failure) == ("failed", "the loss is NaN.")
+    assert (found.status, found.failure) == ("failed", "the loss is NaN.\nLog:\nend")
     assert found.warnings == ("loss or gradient not finite in step 1, samples 0, 1, 2, 3, 4, 5, 6, 7, ...",)
     assert "nan at first" in summary_text(found)
+    assert "failed      the loss is NaN.\n            Log:\n            end" in summary_text(found)
     assert found.loss.best is None
 
 
