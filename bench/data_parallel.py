@@ -35,15 +35,29 @@ class Player:
     note: str | None = None
 
     def turn(self, steps: int, deadline_s: float) -> float:
-        """Run one step to warm up and then `steps` timed ones; seconds a step of the slowest rank. Raises Lost."""
+        """Run one step to warm up and then `steps` timed ones; seconds a step of the slowest rank. Raises Lost.
+
+        Between its turns a system is stopped, daemons and all: nobody pays for another's heartbeats.
+        """
         try:
+            self.subject.launched.thaw()
             answers = self.subject.run(1 + steps, deadline_s)
+            self.subject.launched.freeze()
         except Lost as lost:
             self.note = str(lost)
             self.subject.close(grace_s=0)
             raise
         self.losses += [statistics.fmean(each) for each in zip(*(a["losses"] for a in answers), strict=True)]
         return max(statistics.fmean(answer["seconds"][1:]) for answer in answers)
+
+    def add_up(self) -> None:
+        """Ask for the checksum of the parameters, unless it was lost."""
+        if self.note is None:
+            try:
+                self.subject.launched.thaw()
+                self.checksum = self.subject.checksums(STEP_S)[0]
+            except Lost as lost:
+                self.note = f"after the last round: {lost}"
 
 
 def run(options: Options) -> list[Row]:
@@ -93,7 +107,7 @@ def run_case(case: Case, names: Sequence[str], options: Options, peers: Mapping[
             ready = [name for name in players if players[name].note is None]
             outcomes = play(ready, rounds, lambda name: players[name].turn(steps, STEP_S * (1 + steps)))
             for player in players.values():
-                _add_up(player)
+                player.add_up()
         finally:
             close_all(player.subject for player in players.values())
     for name, player in players.items():
@@ -112,14 +126,6 @@ def _start(name: str, peer: Peer, case: Case) -> Player:
         player.note = f"before the first round: {lost}"
         player.subject.close(grace_s=0)
     return player
-
-
-def _add_up(player: Player) -> None:
-    if player.note is None:
-        try:
-            player.checksum = player.subject.checksums(STEP_S)[0]
-        except Lost as lost:
-            player.note = f"after the last round: {lost}"
 
 
 def _rows(

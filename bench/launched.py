@@ -60,6 +60,14 @@ class Launched:
         own = [self._process.pid] if self._process and self.status is None else []
         return sorted({*own, *_carrying(self._token)})
 
+    def freeze(self) -> None:
+        """Stop every process of it where it stands: it uses no core until `thaw`."""
+        self._signal_all(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let every process of it go on."""
+        self._signal_all(signal.SIGCONT)
+
     def wait(self, limit_s: float) -> bool:
         """Wait for the command to end; False when it is still there after `limit_s`."""
         assert self._process is not None
@@ -73,6 +81,7 @@ class Launched:
     def close(self, grace_s: float = 15.0) -> None:
         """Give the command `grace_s` to end by itself, then kill whatever is left. May be called twice."""
         if self._process is not None:
+            self.thaw()
             if not self.wait(grace_s):
                 _signal_group(self._process.pid, signal.SIGTERM)
                 self.wait(3.0)
@@ -89,6 +98,13 @@ class Launched:
         except OSError:
             return ""
         return " ".join(text.split())[-characters:]
+
+    def _signal_all(self, number: int) -> None:
+        if self._process is not None:
+            _signal_group(self._process.pid, number)
+            for pid in _carrying(self._token):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
 
 
 def environment() -> dict[str, str]:

@@ -79,13 +79,16 @@ def _deepspeed(case: Case) -> list[str]:
     return [*runner, *count, "--no_local_rank", "--module", "bench.subjects.deepspeed"]
 
 
+# While other systems have their turn Ray is stopped with all its processes: no missed heartbeat may count as a death.
+RAY = {"RAY_health_check_failure_threshold": "1000000", "RAY_health_check_timeout_ms": "600000"}
+
 PEERS = {
     "shardwise": Peer("shardwise", "pip install -e .", _shardwise),
     "shardwise:exact": Peer("shardwise", "pip install -e .", _shardwise, exact=True),
     "ddp": Peer("torch", "pip install torch", _ddp),
     "accelerate": Peer("accelerate", "pip install accelerate", _accelerate),
     "lightning": Peer("lightning", "pip install lightning", _lightning),
-    "ray-train": Peer("ray", "pip install 'ray[train]'", _ray),
+    "ray-train": Peer("ray", "pip install 'ray[train]'", _ray, env=RAY),
     "deepspeed": Peer("deepspeed", "DS_BUILD_OPS=0 pip install deepspeed", _deepspeed),
 }
 

@@ -44,6 +44,7 @@ class Subject:
 
     def dismiss(self) -> None:
         """Tell the ranks to stop, without waiting for it."""
+        self.launched.thaw()
         for line in self.lines:
             try:
                 line.send({"do": "stop"})

@@ -1,8 +1,8 @@
 """A small GPT learns Python from the interpreter's own standard library, then completes code that looks like Python.
 
-    shardwise train recipes/python_stdlib.py
-    shardwise show latest
-    shardwise sample latest "def "
+shardwise train recipes/python_stdlib.py
+shardwise show latest
+shardwise sample latest "def "
 """
 
 import shardwise as sw

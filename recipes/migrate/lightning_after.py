@@ -1,4 +1,4 @@
-"""Lightning's Trainer: a small classifier, three epochs, evaluated after each."""
+"""Lightning's Trainer: a small classifier, one epoch, then its accuracy on held-out pieces."""
 
 import torch
 from task import Classifier, Pieces
@@ -14,9 +14,8 @@ with sw.session(
     loss=sw.cross_entropy,
     metrics={"accuracy": sw.accuracy},
     optimizer=torch.optim.AdamW(net.parameters(), lr=3e-3),
-    global_batch=64,
-    epochs=3,
-    eval_every=16,
+    global_batch=32,
+    eval_every=32,
 ) as run:
     for batch in run.batches():
         run.step(batch)

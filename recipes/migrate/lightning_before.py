@@ -1,4 +1,4 @@
-"""Lightning's Trainer: a small classifier, three epochs, evaluated after each."""
+"""Lightning's Trainer: a small classifier, one epoch, then its accuracy on held-out pieces."""
 
 import lightning as L
 import torch
@@ -27,7 +27,7 @@ class Module(L.LightningModule):
 
 
 L.seed_everything(0)
-loader = DataLoader(in_order(Pieces(128), epochs=3), batch_size=64)
+loader = DataLoader(in_order(Pieces(128)), batch_size=32)
 held_out = DataLoader(Pieces(32, held_out=True), batch_size=64)
-trainer = L.Trainer(max_epochs=1, val_check_interval=16, log_every_n_steps=1, logger=CSVLogger("runs", name="lightning"))
+trainer = L.Trainer(max_epochs=1, log_every_n_steps=1, logger=CSVLogger("runs", name="lightning"))
 trainer.fit(Module(), loader, held_out)

@@ -45,8 +45,8 @@ class Pieces(Dataset):
         return self.samples[index]
 
 
-def in_order(data: Dataset, epochs: int) -> Subset:
-    """All epochs in the order in which Shardwise reads them for seed 0, so that curves compare step by step."""
+def in_order(data: Dataset) -> Subset:
+    """An epoch in the order in which Shardwise reads it for seed 0, so that curves compare step by step."""
     from shardwise.data.order import sample_indices
 
-    return Subset(data, sample_indices(range(epochs * len(data)), len(data), 0).tolist())
+    return Subset(data, sample_indices(range(len(data)), len(data), 0).tolist())

@@ -1,12 +1,14 @@
-"""Hugging Face's Trainer: a small classifier, three epochs, evaluated after each."""
+"""Hugging Face's Trainer: a small classifier, one epoch, then its accuracy on held-out pieces."""
 
 import torch.nn.functional as F
 from task import Classifier, Pieces, in_order
 from transformers import Trainer, TrainingArguments, set_seed
 
 
-def loss(output, labels, num_items_in_batch=None):
-    return F.cross_entropy(output, labels)
+class WithLoss(Classifier):
+    def forward(self, tokens, labels):
+        scores = super().forward(tokens)
+        return {"loss": F.cross_entropy(scores, labels), "logits": scores}
 
 
 def accuracy(predicted):
@@ -15,21 +17,19 @@ def accuracy(predicted):
 
 set_seed(0)
 trainer = Trainer(
-    model=Classifier(),
+    model=WithLoss(),
     args=TrainingArguments(
         output_dir="runs/trainer",
         learning_rate=3e-3,
-        per_device_train_batch_size=64,
+        per_device_train_batch_size=32,
         num_train_epochs=1,
         train_sampling_strategy="sequential",
-        eval_strategy="steps",
-        eval_steps=16,
+        eval_strategy="epoch",
         logging_steps=1,
         report_to="none",
     ),
-    train_dataset=in_order(Pieces(128), epochs=3),
+    train_dataset=in_order(Pieces(128)),
     eval_dataset=Pieces(32, held_out=True),
-    compute_loss_func=loss,
     compute_metrics=accuracy,
 )
 trainer.train()

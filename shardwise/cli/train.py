@@ -30,8 +30,8 @@ def train(
     """Train a job, or run a plain script in every rank."""
     from shardwise.train import api
 
-    told: dict[str, Any] = {"on": on, "resume": resume, "runs": runs, "name": name, "display": not quiet, "args": args or []}
-    result = api.train(file, sets=sets or [], plan=plan, **told)
+    told: dict[str, Any] = {"on": on, "resume": resume, "runs": runs, "name": name, "args": args or []}
+    result = api.train(file, sets=sets or [], plan=plan, display=not quiet, **told)
     if not quiet and result.summary.step:
         from shardwise.cli.console import print_topics
         from shardwise.observe.text import outcome_lines

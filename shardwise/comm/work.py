@@ -48,13 +48,21 @@ class GuardedWork(dist.Work):
             try:
                 self._inner.wait(timedelta(seconds=slice_s))
                 return True
-            except RuntimeError as error:
+            except RuntimeError:
                 if self._group.aborted:
                     raise self._group.aborted_error(self._tag) from None
                 if self._inner.is_completed():
-                    raise self._group.failed(self._tag, error) from None
+                    return self._end()
             if time.monotonic() >= deadline:
                 raise self._group.timed_out(self._tag, limit)
+
+    def _end(self) -> bool:
+        """Of an operation that has ended: it may have done so, and well, just after a slice of the wait ran out."""
+        try:
+            self._inner.wait()
+        except RuntimeError as error:
+            raise self._group.failed(self._tag, error) from None
+        return True
 
     def _on_stream(self) -> bool:
         """A device's queue: the wait is only ordered here, the backend's own watchdog limits it."""

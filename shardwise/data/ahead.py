@@ -15,14 +15,20 @@ _JOIN_S = 10.0
 
 
 class Ahead(Generic[T]):
-    """An iterator over what `source()` gives, made in a thread of its own, at most `depth` items ahead.
+    """An iterator over what `source(stop)` gives, made in a thread of its own, at most `depth` items ahead.
 
-    The thread calls `source`, so that whatever it opens (worker processes) is opened and closed by one thread. An
+    The thread calls `source`, so that whatever it opens (worker processes) is opened and closed by one thread; where
+    it waits, it looks at the event `stop`. An
     exception there is raised here, once all items before it were read. `awaited()` names what a reader waits for.
     """
 
     def __init__(
-        self, source: Callable[[], Iterator[T]], *, depth: int, timeout_s: float, awaited: Callable[[], str]
+        self,
+        source: Callable[[threading.Event], Iterator[T]],
+        *,
+        depth: int,
+        timeout_s: float,
+        awaited: Callable[[], str],
     ) -> None:
         self._items: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=max(1, depth))
         self._stop = threading.Event()
@@ -49,7 +55,7 @@ class Ahead(Generic[T]):
                 "transform or the disk hangs; try the samples by hand, or with workers=0 to see where."
             ) from None
         if kind == "item":
-            return item  # type: ignore[no-any-return]
+            return item
         self._ended = True
         if kind == "error":
             raise item
@@ -71,10 +77,12 @@ class Ahead(Generic[T]):
         self._stop.set()
 
 
-def _fill(source: Callable[[], Iterator[T]], items: queue.Queue[tuple[str, Any]], stop: threading.Event) -> None:
+def _fill(
+    source: Callable[[threading.Event], Iterator[T]], items: queue.Queue[tuple[str, Any]], stop: threading.Event
+) -> None:
     made: Iterator[T] | None = None
     try:
-        made = source()
+        made = source(stop)
         for item in made:
             if not _put(items, ("item", item), stop):
                 return

@@ -190,12 +190,11 @@ def _header(file: BinaryIO, source: str) -> tuple[np.dtype[Any], list[int]]:
 
 def _opened(source: str) -> BinaryIO:
     try:
-        file = open(source, "rb")  # noqa: SIM115 - closed by the caller's with
-        zipped = file.read(2) == b"\x1f\x8b"
-        file.seek(0)
+        with open(source, "rb") as file:
+            zipped = file.read(2) == b"\x1f\x8b"
+        return cast("BinaryIO", gzip.open(source, "rb")) if zipped else open(source, "rb")
     except OSError as error:
         raise _unreadable(source, error) from error
-    return cast("BinaryIO", gzip.GzipFile(fileobj=file)) if zipped else file
 
 
 def _read(file: BinaryIO, source: str, size: int, *, exact: bool = True) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -150,22 +151,24 @@ def _maker(
     ahead: int,
     seed: int,
     gather: Callable[[StepTasks, list[Made]], T],
-) -> Callable[[], Iterator[T]]:
+) -> Callable[[threading.Event], Iterator[T]]:
     """What starts making steps: in worker processes, or in the thread that iterates."""
 
-    def here() -> Iterator[T]:
+    def here(_stop: threading.Event) -> Iterator[T]:
         return (gather(step, [_make(samples, task, seed) for task in step.tasks]) for step in todo)
 
-    def elsewhere() -> Iterator[T]:
+    def elsewhere(stop: threading.Event) -> Iterator[T]:
         # A stream can only be read in order, so a second process would do nothing but read it again.
-        return in_workers(samples, todo, 1 if isinstance(samples, Stream) else workers, ahead, seed, gather)
+        return in_workers(samples, todo, 1 if isinstance(samples, Stream) else workers, ahead, seed, gather, stop)
 
     return elsewhere if workers else here
 
 
-def _ahead(made: Callable[[], Iterator[T]], *, inline: bool, prefetch: int, timeout_s: float) -> Iterator[T]:
+def _ahead(
+    made: Callable[[threading.Event], Iterator[T]], *, inline: bool, prefetch: int, timeout_s: float
+) -> Iterator[T]:
     if inline:
-        return made()
+        return made(threading.Event())
     return Ahead(made, depth=prefetch, timeout_s=timeout_s, awaited=lambda: "the next batch")
 
 

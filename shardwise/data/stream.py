@@ -35,9 +35,10 @@ class IterableSamples(Stream):
         for position in positions:
             if position < self._position:
                 self._restart()
-            self._jump(position)
             while self._position < position:
-                self._advance(seed)
+                self._jump(position)
+                if self._position < position:
+                    self._advance(seed)
             item, place = self._advance(seed)
             items.append(item)
             places.append(place)

@@ -61,7 +61,7 @@ class Rows:
         for at, text in enumerate(self.dataset[piece.start : piece.start + piece.size][self.column]):
             if not isinstance(text, str):
                 raise DataError(
-                    f"Row {piece.start + at} of {self.title} is a {type(text).__name__}, not a string. "
+                    f"Row {piece.start + at} in {self.title} is a {type(text).__name__}, not a string. "
                     "Leave such rows out with the data set's filter()."
                 )
             for start in range(0, max(1, len(text)), CHUNK_BYTES):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +19,7 @@ from shardwise.data.schedule import StepTasks, Task
 from shardwise.errors import DataError
 
 T = TypeVar("T")
+_POLL_S = 0.2
 
 
 class _Failure(NamedTuple):
@@ -84,11 +88,12 @@ def in_workers(
     ahead: int,
     seed: int,
     gather: Callable[[StepTasks, list[tuple[Any, list[int]]]], T],
+    stop: threading.Event,
 ) -> Iterator[T]:
     """Each step's tasks (every step has some), gathered in order, made at most about `ahead` tasks early.
 
-    Call and iterate in one thread that is not the main one: only then does torch install no signal handler.
-    Raises DataError when a sample fails or a worker dies, naming the sample.
+    Call and iterate in one thread that is not the main one: only then does torch install no signal handler. Ends soon
+    after `stop` is set. Raises DataError when a sample fails or a worker dies, naming the sample.
     """
     from torch import Generator
     from torch.utils.data import DataLoader
@@ -107,27 +112,42 @@ def in_workers(
         worker_init_fn=_begin,
         collate_fn=_as_it_is,
         generator=Generator(),  # else starting it would draw from the process's generator
+        timeout=_POLL_S,
     )
     made = iter(loader)
-    while True:
-        first = _next(made, marks)
-        if first is None:
-            return
-        step = feed.started.popleft()
-        rest = [_next(made, marks) for _ in step.tasks[1:]]
-        yield gather(step, [first, *[one for one in rest if one is not None]])
-
-
-def _next(made: Iterator[Any], marks: Any) -> tuple[Any, list[int]] | None:
     try:
-        found = next(made, None)
-    except RuntimeError as error:
-        raise _died(error, marks) from error
-    if isinstance(found, _Failure):
-        if found.bug:
-            raise RuntimeError(f"A data worker failed:\n{found.message}")
-        raise DataError(found.message)
-    return found
+        while (first := _next(made, marks, stop)) is not None:
+            step = feed.started.popleft()
+            rest = [_next(made, marks, stop) for _ in step.tasks[1:]]
+            if None in rest:
+                break
+            yield gather(step, [first, *[one for one in rest if one is not None]])
+    finally:
+        _kill(marks)  # their work is read-only; asking politely takes seconds when one hangs
+
+
+def _next(made: Iterator[Any], marks: Any, stop: threading.Event) -> tuple[Any, list[int]] | None:
+    """The next finished task; None at the end, or when told to stop."""
+    while not stop.is_set():
+        try:
+            found = next(made, None)
+        except RuntimeError as error:
+            if "timed out" in str(error):  # nothing is lost: the next call goes on waiting
+                continue
+            raise _died(error, marks) from error
+        if isinstance(found, _Failure):
+            if found.bug:
+                raise RuntimeError(f"A data worker failed:\n{found.message}")
+            raise DataError(found.message)
+        return found
+    return None
+
+
+def _kill(marks: Sequence[int]) -> None:
+    for slot in range(0, len(marks), 2):
+        if marks[slot]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(marks[slot], signal.SIGKILL)
 
 
 def _died(error: RuntimeError, marks: Sequence[int]) -> DataError:
@@ -142,8 +162,6 @@ def _died(error: RuntimeError, marks: Sequence[int]) -> DataError:
 
 def _begin(worker: int) -> None:
     """A killed rank takes its workers along at once, and a worker leaves Ctrl-C to the rank."""
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         import ctypes

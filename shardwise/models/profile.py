@@ -27,7 +27,8 @@ from shardwise.models.inputs import call
 from shardwise.spec.profile import BlockProfile, ModelProfile
 
 BEFORE, AFTER, WHOLE = "before", "after", "model"
-REAL_SAMPLES = 3  # few, but more than one, which batch normalisation refuses
+# More than one sample, which batch normalisation refuses, and a number that is hardly another tensor's first dimension.
+FAKE_SAMPLES, REAL_SAMPLES = 7, 3
 
 Build = nn.Module | Callable[[], nn.Module]
 Forward = Callable[[nn.Module, Any], Any]
@@ -41,7 +42,7 @@ def profile(build: Build, example: Any, *, forward: Forward | None = None, loss:
     addition as two, for matrix products, convolutions, recurrent layers and attention (all of it, also where a causal
     mask hides half). Activation bytes are the distinct storages that autograd keeps in a training forward pass,
     without parameters and buffers; `loss`, if given, is measured as part of the last block. A module that cannot run
-    on fake tensors, because it looks at numbers, is run on at most three real samples. Raises JobError with the
+    on fake tensors, because it looks at numbers, is run on three real samples. Raises JobError with the
     module's own error when that fails too. The first call in a process takes a second longer: torch imports its
     compiler.
     """
@@ -224,19 +225,16 @@ def _storage(tensor: Tensor) -> int:
 
 def _on_fake(measurement: _Measurement, build: Build, example: Any, samples: int) -> ModelProfile:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    batch = _map_tensors(example, lambda tensor: mode.from_tensor(tensor.detach().cpu()))
+    batch = _map_tensors(example, lambda tensor: mode.from_tensor(_resized(tensor, samples, FAKE_SAMPLES)))
     with mode:
         module = _empty_copy(build) if isinstance(build, nn.Module) else build()
-        return measurement.run(module, batch, samples, describe(example))
+        return measurement.run(module, batch, FAKE_SAMPLES, describe(example))
 
 
 def _on_real(measurement: _Measurement, build: Build, example: Any, samples: int) -> ModelProfile:
-    few = min(samples, REAL_SAMPLES)
-    batch = _map_tensors(
-        example, lambda tensor: (tensor[:few] if tensor.ndim and tensor.shape[0] == samples else tensor).cpu()
-    )
+    batch = _map_tensors(example, lambda tensor: _resized(tensor, samples, REAL_SAMPLES))
     module = copy.deepcopy(build) if isinstance(build, nn.Module) else build()
-    return measurement.run(module.cpu(), batch, few, describe(example))
+    return measurement.run(module.cpu(), batch, REAL_SAMPLES, describe(example))
 
 
 RUNS = {"fake": _on_fake, "real": _on_real}
@@ -251,6 +249,14 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.disabled = before
+
+
+def _resized(tensor: Tensor, samples: int, wanted: int) -> Tensor:
+    """`wanted` samples on the CPU, the tensor's own over and over; a tensor without a batch dimension as it is."""
+    tensor = tensor.detach().cpu()
+    if not tensor.ndim or tensor.shape[0] != samples:
+        return tensor
+    return tensor[torch.arange(wanted) % samples]
 
 
 def _empty_copy(module: nn.Module) -> nn.Module:
@@ -274,7 +280,9 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, Mapping):
         return {key: _map_tensors(inner, change) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return tuple(_map_tensors(inner, change) for inner in value)
+        mapped = [_map_tensors(inner, change) for inner in value]
+        named = isinstance(value, tuple) and type(value) is not tuple
+        return type(value)(*mapped) if named else type(value)(mapped)
     return value
 
 

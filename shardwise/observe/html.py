@@ -15,10 +15,10 @@ from shardwise.observe.text import (
     facts_text,
     held_out_text,
     loss_text,
-    off_by,
     parameters_text,
     percent,
     rate_text,
+    ratio,
     state_text,
 )
 from shardwise.spec.plan import AXES, Plan
@@ -79,8 +79,8 @@ def compared_table(compared: Sequence[Compared]) -> str:
     rows: list[Row] = []
     for row in compared:
         shown = format_seconds if row.unit == "s" else format_bytes
-        rows.append((row.name, shown(row.predicted), shown(row.measured), off_by(row)))
-    return table(rows, head=("", "predicted", "measured", "off by")) if rows else ""
+        rows.append((row.name, shown(row.predicted), shown(row.measured), ratio(row)))
+    return table(rows, head=("", "predicted", "measured", "ratio")) if rows else ""
 
 
 def table(rows: Sequence[Row], head: Row = ()) -> str:

@@ -16,7 +16,7 @@ from shardwise.observe.summary import job_record, parameters_of
 from shardwise.observe.text import figure
 
 REFRESH_S = 0.1
-SHARES_FROM_COLUMNS = 110
+SHARES_FROM_COLUMNS = 130  # what fits beside everything else
 
 
 class Follow:
@@ -147,7 +147,7 @@ class Bar:
         self._drawn = now
         shares = status.shares if self._console.width >= SHARES_FROM_COLUMNS else ""
         left = f"{status.left} left" if status.left else ""
-        said = "  ".join(filter(None, (f"loss {figure(status.loss)}", status.rate, shares, left)))
+        said = "  ".join(filter(None, (f"loss {figure(status.loss)}", status.rate, left, shares)))
         self._progress.update(
             self._task, total=status.of_steps, completed=status.step, said=said, visible=True, refresh=True
         )

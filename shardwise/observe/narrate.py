@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -11,7 +12,7 @@ from msgspec import Struct
 
 from shardwise.events import Event
 from shardwise.observe.history import ESCAPE, amount, finite, number, whole, word
-from shardwise.observe.summary import PARTS, evaluation_of, facts_of, step_parts, tokens, warning_text
+from shardwise.observe.summary import PARTS, evaluation_of, facts_of, inside_run, step_parts, tokens, warning_text
 from shardwise.observe.text import evaluation_words, facts_text, figure, labelled, parameters_text, percent, plural
 from shardwise.spec.plan import Prediction
 from shardwise.units import format_bytes, format_count, format_seconds
@@ -50,6 +51,9 @@ class Narrator:
         match event["event"]:
             case "run_started":
                 return self._started(event)
+            case "training":
+                self.of_steps = whole(event, "steps") or self.of_steps
+                return []
             case "data_ready":
                 self.facts = facts_of(event)
                 return self._data(event)
@@ -65,8 +69,9 @@ class Narrator:
                 return labelled([("saved", f"{self._of(event)}   {size}{_took(event)}")])
             case "resumed":
                 ranks = whole(event, "from_ranks")
+                path = inside_run(Path(self.run), word(event, "path"))
                 written = f", written by {plural(ranks, 'rank')}" if ranks else ""
-                return labelled([("resumed", f"at step {whole(event, 'step')} from {word(event, 'path')}{written}")])
+                return labelled([("resumed", f"at step {whole(event, 'step')} from {path}{written}")])
             case "run_finished":
                 return labelled(
                     [(word(event, "status") or "finished", f"at step {whole(event, 'step')}{_took(event)}")]

@@ -377,7 +377,7 @@ def _checkpoints(run: Path, found: Sequence[Event]) -> tuple[Checkpoint, ...]:
     return tuple(
         Checkpoint(
             step=whole(event, "step") or 0,
-            path=_inside(run, word(event, "path")),
+            path=inside_run(run, word(event, "path")),
             num_bytes=whole(event, "bytes") or 0,
             seconds=amount(event, "seconds"),
         )
@@ -385,7 +385,7 @@ def _checkpoints(run: Path, found: Sequence[Event]) -> tuple[Checkpoint, ...]:
     )
 
 
-def _inside(run: Path, path: str) -> str:
+def inside_run(run: Path, path: str) -> str:
     """The path from the run folder on, if it lies there."""
     before, folder, rest = path.rpartition(f"/{run.name}/")
     return rest if folder and before else path

@@ -157,19 +157,19 @@ def facts_text(facts: Mapping[str, Any]) -> str:
 
 
 def compared_lines(compared: Sequence[Compared]) -> list[str]:
-    """A table: predicted, measured, and how far off the prediction was (above 0: it took more than predicted)."""
+    """A table: predicted, measured, and measured over predicted."""
     if not compared:
         return []
-    lines = [f"{'':<{LABEL_WIDTH}}{'predicted':>12}{'measured':>12}{'off by':>9}"]
+    lines = [f"{'':<{LABEL_WIDTH}}{'predicted':>12}{'measured':>12}{'ratio':>9}"]
     for row in compared:
         shown = format_seconds if row.unit == "s" else format_bytes
-        lines.append(f"{row.name:<{LABEL_WIDTH}}{shown(row.predicted):>12}{shown(row.measured):>12}{off_by(row):>9}")
+        lines.append(f"{row.name:<{LABEL_WIDTH}}{shown(row.predicted):>12}{shown(row.measured):>12}{ratio(row):>9}")
     return lines
 
 
-def off_by(row: Compared) -> str:
-    """How much more was measured than predicted, in percent of the prediction; `-` without a prediction."""
-    return f"{100 * (row.measured / row.predicted - 1):+.0f} %" if row.predicted > 0 else "-"
+def ratio(row: Compared) -> str:
+    """Measured over predicted: above 1 it took more than predicted; `-` without a prediction."""
+    return f"{row.measured / row.predicted:.3g}x" if row.predicted > 0 else "-"
 
 
 def figure(value: float | None) -> str:
@@ -182,7 +182,7 @@ def figure(value: float | None) -> str:
 def percent(share: float) -> str:
     """0.812 -> `81 %`; 0.004 -> `0.4 %`."""
     value = 100 * share
-    return f"{value:.0f} %" if value >= 1.95 or value == 0 else f"{value:.1f} %"
+    return f"{value:.1f} %" if 0.05 <= value < 1.95 else f"{value:.0f} %"
 
 
 def plural(count: int | None, noun: str) -> str:

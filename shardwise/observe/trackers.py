@@ -88,11 +88,13 @@ class TensorBoard:
         self._step = 0
 
     def __call__(self, event: Event) -> None:
-        if event["event"] == "checkpoint_saved":
-            self._writer.flush()
         found = scalars(event)
-        if not found:
-            return
+        if found:
+            self._add(event, found)
+        if event["event"] in ("checkpoint_saved", "evaluation", "memory"):
+            self._writer.flush()
+
+    def _add(self, event: Event, found: dict[str, float]) -> None:
         self._step = step = _at(event, self._step)
         values = [self._summary.Summary.Value(tag=name, simple_value=value) for name, value in found.items()]
         summary = self._summary.Summary(value=values)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from shardwise.comm.collectives import broadcast_all
 from shardwise.comm.group import Group
 from shardwise.errors import JobError
 
@@ -59,7 +60,8 @@ class BatchNormSync:
         self._announcing = False
 
     def stand_in(self, done: int) -> None:
-        """Take part in the microbatches that others still have after this rank's `done`."""
+        """Take part in the microbatches that others still have after this rank's `done`; running statistics agree then.
+        Collective, also for ranks that have none left."""
         for _ in range(done, max(self._counts)):
             while True:
                 kind, width, wide = self._announce(DONE, 0, torch.float32)
@@ -70,6 +72,14 @@ class BatchNormSync:
                     self._gather(row)
                 else:
                     self._group.all_reduce(row).wait()
+        if self.ragged:
+            buffers = [buffer for norm in self._norms.values() for buffer in norm.buffers()]
+            broadcast_all(buffers, self._group, root=self._lead)
+
+    @property
+    def _lead(self) -> int:
+        """The first of the ranks with the most microbatches."""
+        return self._counts.index(max(self._counts))
 
     def close(self) -> None:
         """Give every batch norm its own forward back."""
@@ -96,7 +106,7 @@ class BatchNormSync:
 
     def _announce(self, kind: int, width: int, dtype: torch.dtype) -> list[int]:
         head = torch.tensor([kind, width, int(dtype == torch.float64)], dtype=torch.int64, device=self._device)
-        self._group.broadcast([head], root=self._counts.index(max(self._counts))).wait()
+        self._group.broadcast([head], root=self._lead).wait()
         said: list[int] = head.tolist()
         return said
 

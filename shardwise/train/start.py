@@ -11,6 +11,7 @@ from shardwise.cluster.process import Starter
 PRELOAD = (
     "torch",
     "torch.distributed",
+    "torch._dynamo",  # profiling and the first optimizer import it, a second in every process that has not got it
     "shardwise.train.worker",
     "shardwise.train.probe",
     "shardwise.models.gpt",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from shardwise.models.blocks import find_blocks
 from shardwise.models.encoder import Encoder
 from shardwise.models.gpt import GPT
 from shardwise.models.inputs import call
-from shardwise.models.profile import profile
+from shardwise.models.profile import FAKE_SAMPLES, profile
 from shardwise.spec.profile import ModelProfile
 
 BATCH, LENGTH, WIDTH, VOCAB = 3, 32, 64, 100
@@ -27,6 +27,13 @@ TOKENS = {
 
 def gpt(**changes: Any) -> GPT:
     return GPT(**(dict(layers=3, width=WIDTH, heads=4, vocab=VOCAB, context=LENGTH) | changes))
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3])
+def test_the_size_of_the_example_batch_does_not_matter(samples: int) -> None:
+    # Two is also the first dimension of the table of rotations, which must not be taken for a part of the batch.
+    batch = {name: tensor[:samples] for name, tensor in TOKENS.items()}
+    assert profile(gpt, batch) == profile(gpt, TOKENS)
 
 
 def shape_of(found: ModelProfile) -> list[str]:
@@ -98,9 +105,9 @@ def test_activation_bytes_of_the_classifiers(pool: Any) -> None:
 
     found = profile(encoder, batch)
     assert found.activation_bytes * 4 == pytest.approx(really_kept(encoder(), batch), abs=20)
-    images = torch.randn(4, 3, 16, 16)
+    images = torch.randn(FAKE_SAMPLES, 3, 16, 16)  # the channels' means are kept once a batch, so its size matters
     found = profile(resnet.small, images)
-    assert found.activation_bytes * 4 == pytest.approx(really_kept(resnet.small(), images), abs=20)
+    assert found.activation_bytes * FAKE_SAMPLES == pytest.approx(really_kept(resnet.small(), images), abs=20)
 
 
 def test_convolutions_count_two_flops_for_each_product() -> None:
@@ -186,6 +193,11 @@ def test_a_model_larger_than_memory_is_profiled() -> None:
     assert found.parameters == pytest.approx(55e9, rel=0.1)
 
 
+def test_batch_normalisation_of_single_values_does_not_refuse_one_sample() -> None:
+    found = profile(lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)), torch.randn(1, 4))
+    assert found.parameters == 15 + 6 + 8
+
+
 class LooksAtNumbers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -214,6 +226,16 @@ def test_a_given_module_and_the_random_state_stay_as_they_are() -> None:
     assert all(ours is theirs for ours, theirs in zip(parameters, module.parameters(), strict=True))
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
     assert not module._forward_hooks
+
+
+def test_the_jobs_forward_gets_the_batch_in_its_own_form() -> None:
+    class Pair(NamedTuple):
+        left: Tensor
+        right: Tensor
+
+    batch = Pair(torch.randn(2, 4), torch.randn(2, 4))
+    (block,) = profile(lambda: nn.Linear(4, 3), batch, forward=lambda model, pair: model(pair.left + pair.right)).blocks
+    assert block.forward_flops == 24
 
 
 def test_errors_of_the_model_are_told_in_one_paragraph() -> None:

@@ -46,7 +46,9 @@ class Odd(nn.Module):
         return self.last(x)
 
 
-def train(rank: Rank, precision: Precision, shards: int, samples: int, bucket_bytes: int) -> tuple[list[str], str, list[str]]:
+def train(
+    rank: Rank, precision: Precision, shards: int, samples: int, bucket_bytes: int
+) -> tuple[list[str], str, list[str]]:
     plan = Plan(data=rank.world, exact=True, precision=precision, sync=Sync(bucket_bytes=bucket_bytes))
     module = Odd()
     replica = parallelize(module, plan, rank.mesh(plan), batch_norm="local", logical_shards=shards)
@@ -63,9 +65,17 @@ def train(rank: Rank, precision: Precision, shards: int, samples: int, bucket_by
 
 @pytest.mark.parametrize(
     ("precision", "shards", "samples", "bucket_bytes"),
-    [("float32", 4, 13, 25_000_000), ("bfloat16", 4, 9, 300), ("float32", 8, 5, 700), ("float32", 5, 23, 1), ("float64", 3, 7, 400)],
+    [
+        ("float32", 4, 13, 25_000_000),
+        ("bfloat16", 4, 9, 300),
+        ("float32", 8, 5, 700),
+        ("float32", 5, 23, 1),
+        ("float64", 3, 7, 400),
+    ],
 )
-def test_any_number_of_ranks_gives_the_same_bits(precision: Precision, shards: int, samples: int, bucket_bytes: int) -> None:
+def test_any_number_of_ranks_gives_the_same_bits(
+    precision: Precision, shards: int, samples: int, bucket_bytes: int
+) -> None:
     alone = run_ranks(1, train, precision, shards, samples, 25_000_000)[0]
     assert len(set(alone[0])) == len(alone[0])
     for n in (2, 3, 4):

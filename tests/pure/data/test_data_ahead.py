@@ -14,7 +14,7 @@ from shardwise.errors import DataError
 
 
 def ahead(source: Iterator[int], depth: int = 2, timeout_s: float = 10) -> Ahead[int]:
-    return Ahead(lambda: source, depth=depth, timeout_s=timeout_s, awaited=lambda: "step 3")
+    return Ahead(lambda stop: source, depth=depth, timeout_s=timeout_s, awaited=lambda: "step 3")
 
 
 def until(condition: object, limit_s: float = 5.0) -> None:
