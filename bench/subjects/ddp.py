@@ -19,7 +19,10 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("nccl" if case.device == "cuda" else "gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-    device = torch.device(case.device, int(os.environ["LOCAL_RANK"])) if case.device == "cuda" else torch.device("cpu")
+    device = torch.device("cpu")
+    if case.device == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     module = work.model(case).to(device)
     model = DistributedDataParallel(module, **work.DDP_OPTIONS)
     optimizer = work.optimizer(case, model.parameters())

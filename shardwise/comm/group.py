@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.distributed_c10d as dist
+from torch._C._distributed_c10d import AllgatherOptions
 from torch._C._distributed_c10d import Backend as NativeBackend
 
 from shardwise.comm.backends import BACKENDS, Inner, hang_up
@@ -240,17 +241,17 @@ class Group(dist.ProcessGroup):
     def allgather(self, outputs: Any, inputs: Any, opts: Any = None, timeout: timedelta | None = None) -> GuardedWork:
         if isinstance(inputs, torch.Tensor):
             outputs, inputs = [outputs], [inputs]
-        opts = _options(dist.AllgatherOptions, opts, timeout)
+        opts = _options(AllgatherOptions, opts, timeout)
         return self._run("all_gather", inputs, lambda inner: inner.allgather(outputs, inputs, opts))
 
     def all_gather_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> GuardedWork:
-        opts = _options(dist.AllgatherOptions, opts, None)
+        opts = _options(AllgatherOptions, opts, None)
         return self._run("all_gather", [input], lambda inner: inner._allgather_base(output, input, opts))
 
     _allgather_base = all_gather_single
 
     def allgather_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> GuardedWork:
-        opts = _options(dist.AllgatherOptions, opts, None)
+        opts = _options(AllgatherOptions, opts, None)
         return self._run("all_gather", inputs, lambda inner: inner.allgather_coalesced(outputs, inputs, opts))
 
     def all_gather_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> GuardedWork:

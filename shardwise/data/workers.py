@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import re
@@ -123,7 +122,7 @@ def in_workers(
                 break
             yield gather(step, [first, *[one for one in rest if one is not None]])
     finally:
-        _kill(marks)  # their work is read-only; asking politely takes seconds when one hangs
+        _end(made)
 
 
 def _next(made: Iterator[Any], marks: Any, stop: threading.Event) -> tuple[Any, list[int]] | None:
@@ -143,11 +142,18 @@ def _next(made: Iterator[Any], marks: Any, stop: threading.Event) -> tuple[Any, 
     return None
 
 
-def _kill(marks: Sequence[int]) -> None:
-    for slot in range(0, len(marks), 2):
-        if marks[slot]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(marks[slot], signal.SIGKILL)
+def _end(made: Any) -> None:
+    """Kill the workers and let torch clear up after them, now and in this thread.
+
+    Their work is read-only, and asking politely takes seconds when one hangs. All of them at once, since one that
+    dies while it holds the lock of the common queue leaves the others waiting. These are private names of torch's
+    iterator; without them its garbage collection does the same, later.
+    """
+    for worker in getattr(made, "_workers", ()):
+        worker.kill()
+    shut_down = getattr(made, "_shutdown_workers", None)
+    if shut_down is not None:
+        shut_down()
 
 
 def _died(error: RuntimeError, marks: Sequence[int]) -> DataError:

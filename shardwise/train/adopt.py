@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
 from shardwise.comm.mesh import Mesh
@@ -20,8 +21,9 @@ from shardwise.train.context import agree
 class Adopted:
     """A module whose gradients are averaged over ranks by the time `backward` returns.
 
-    Each rank's loss is a mean over its own samples; where ranks have unequal numbers of them, gradients are weighted by
-    `share`: this rank's samples over the global batch's, times the number of ranks.
+    Each rank's loss is a mean over its own samples; where ranks have unequal numbers of them, the gradient of the
+    module's output is weighted by `share`: this rank's samples over the global batch's, times the number of ranks.
+    Weighted there, what batch norms exchange in backward has the right weights too.
     """
 
     def __init__(self, module: nn.Module, mesh: Mesh) -> None:
@@ -31,10 +33,9 @@ class Adopted:
         self._queued = False
         self._handles: list[Any] = []
         if mesh.world > 1:
-            for parameter in module.parameters():
-                if parameter.requires_grad:
-                    self._handles.append(parameter.register_hook(self._weigh))
-                    self._handles.append(parameter.register_post_accumulate_grad_hook(self._arrived))
+            self._handles.append(module.register_forward_hook(self._weigh))
+            trainable = [p for p in module.parameters() if p.requires_grad]
+            self._handles += [p.register_post_accumulate_grad_hook(self._arrived) for p in trainable]
 
     def loader(self, loader: DataLoader[Any]) -> Any:
         """The loader, cut so that each of its batches is shared out over the ranks."""
@@ -46,8 +47,13 @@ class Adopted:
             handle.remove()
         self.replica.close()
 
-    def _weigh(self, grad: Tensor) -> Tensor | None:
-        return None if self.share == 1.0 else grad * self.share
+    def _weigh(self, module: nn.Module, args: Any, output: Any) -> None:
+        share = self.share
+        if share == 1.0 or not torch.is_grad_enabled():
+            return
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(lambda grad: grad * share)
 
     def _arrived(self, parameter: Tensor) -> None:
         if not self._queued:

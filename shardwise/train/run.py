@@ -115,6 +115,7 @@ class Trainer:
             lr=rate,
             samples=self.job.global_batch,
             weight=result.weight,
+            tokens=result.weight if "tokens" in self.prepared.facts else None,
             seconds=seconds,
             compute_s=result.compute_s,
             comm_s=result.comm_s,

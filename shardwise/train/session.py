@@ -153,7 +153,10 @@ class Session:
         if self.mesh.rank == 0:
             folder.write_plan(self.mesh.plan, _here(), None)
             plan = str(self.mesh.plan)
-            events.emit("run_started", run=folder.path.name, job="session", ranks=self.mesh.world, plan=plan)
+            steps = self.job.steps if self.job else None
+            events.emit(
+                "run_started", run=folder.path.name, job="session", ranks=self.mesh.world, plan=plan, steps=steps
+            )
         return folder
 
 

@@ -34,6 +34,8 @@ def main(*, rank: int, world: int, port: int, listen_fd: int | None, run: str, s
     began = time.perf_counter()
     store = open_store(listen_fd, port, rank, world, JOIN_LIMIT_S) if world > 1 else None
     mesh = connect(plan, rank=rank, world=world, store=store, device=context.device_of(rank))
+    if world > 1:
+        torch.distributed.barrier()  # a rank that has little to do must not leave while others still connect
     with recorded(folder, mesh), closing(mesh):
         events.emit("rank_ready", rank=rank, seconds=time.perf_counter() - began, threads=torch.get_num_threads())
         if script is not None:
@@ -56,7 +58,9 @@ def run_job(folder: RunFolder, mesh: Mesh) -> State:
             from shardwise.observe.trackers import tracker
 
             for name in job.log:
-                stack.enter_context(events.sink(tracker(name, folder.path)))
+                kept = tracker(name, folder.path)
+                stack.callback(kept.close)
+                stack.enter_context(events.sink(kept))
         trainer = Trainer(job, mesh.plan, mesh, prepared, Saver(folder, mesh, job))
         stack.callback(trainer.close)
         return trainer.train()

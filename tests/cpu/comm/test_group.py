@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from shardwise.comm.collectives import broadcast_all, gather_bytes, gather_rows
 from shardwise.comm.group import Group
 from shardwise.errors import CommError, SpecError
 from shardwise.spec.plan import Plan
@@ -90,6 +91,22 @@ def test_operations_agree_with_arithmetic(n: int) -> None:
         assert found["ring"] == [float((me - 1) % n)]
         assert found["wire"] == (2, 4 * 3 + 4 * 2)
         assert found["closed"]
+
+
+def uneven_gathers(rank: Rank) -> tuple[list[bytes], list[list[float]], list[Any]]:
+    group = group_of(rank)
+    said = gather_bytes(b"x" * rank.rank, group)
+    rows = gather_rows(torch.full((rank.rank, 2), float(rank.rank)), list(range(rank.world)), group).tolist()
+    mine = [torch.full((2,), float(rank.rank)), torch.tensor([rank.rank == 1]), torch.tensor(rank.rank)]
+    broadcast_all(mine, group, root=1)
+    return said, rows, [t.tolist() for t in mine]
+
+
+def test_uneven_gathers_and_mixed_broadcasts() -> None:
+    for said, rows, sent in run_ranks(3, uneven_gathers):
+        assert said == [b"", b"x", b"xx"]
+        assert rows == [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]]
+        assert sent == [[1.0, 1.0], [True], 1]
 
 
 def aborted_in_wait(rank: Rank) -> tuple[float, str, str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPES = ROOT / "recipes"
@@ -36,7 +37,7 @@ def run(folder: Path, *command: str) -> None:
     done = subprocess.run(
         [sys.executable, *command],
         cwd=folder,
-        env={**environment, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        env={**environment, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=240,
@@ -83,8 +84,10 @@ def assert_same_curve(before: dict[int, float], after: dict[int, float], *, step
 @TWO_CORES
 def test_ddp(tmp_path: Path) -> None:
     before = torchrun(tmp_path, "ddp_before.py")
+    weights = torch.load(tmp_path / "ddp.pt")
     after = printed((shardwise(tmp_path, "ddp_after.py") / "logs").glob("rank-*.log"))
     assert_same_curve(before, after, steps=48)
+    torch.testing.assert_close(torch.load(tmp_path / "ddp.pt"), weights, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -102,7 +105,7 @@ def test_accelerate(tmp_path: Path) -> None:
 def test_lightning(tmp_path: Path) -> None:
     run(tmp_path, str(MIGRATE / "lightning_before.py"))
     (metrics,) = tmp_path.glob("runs/lightning/*/metrics.csv")
-    rows = list(csv.DictReader(metrics.open()))
+    rows = list(csv.DictReader(metrics.read_text().splitlines()))
     before = {int(row["step"]): float(row["loss"]) for row in rows if row["loss"]}
     accuracy = [float(row["accuracy"]) for row in rows if row["accuracy"]][-1]
     after, found = recorded(shardwise(tmp_path, "lightning_after.py"))

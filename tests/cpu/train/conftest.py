@@ -64,7 +64,7 @@ def job(steps: int = 12, dropout: float = 0.0, batch: int = 16, die_at: int = 0,
         eval_every=eval_every,
         save_every=save_every,
         on_nan=on_nan,
-        early_stop=sw.EarlyStop(patience=patience) if patience else None,
+        early_stop=sw.EarlyStop(patience=patience, better="higher") if patience else None,
         callbacks=(kill_once(die_at, flag),),
         log=tuple(filter(None, [log])),
     )

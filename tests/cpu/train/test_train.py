@@ -126,12 +126,12 @@ def test_steps_that_are_not_finite_are_skipped_when_the_job_says_so(trained: Tra
 
 
 def test_evaluation_metrics_and_early_stop(trained: Train) -> None:
-    run = trained(steps=40, eval_every=2, patience=1, plan="data=2", clip=1e-12).path
+    run = trained(steps=40, eval_every=2, patience=2, plan="data=2").path  # a falling loss counts as getting worse
     found = named(run, "evaluation")
     assert {"loss", "accuracy"} <= set(found[0])
     (stopped,) = named(run, "early_stop")
-    assert stopped["step"] < 40
-    assert len(losses(run)) == stopped["step"]
+    assert (stopped["step"], stopped["best_step"]) == (6, 2)
+    assert len(losses(run)) == 6
 
 
 def test_the_same_metrics_on_one_rank_and_from_the_checkpoint(trained: Train) -> None:
@@ -174,7 +174,7 @@ def test_show_writes_a_report_that_needs_no_network(trained: Train) -> None:
     assert summary.step == 4
     page = (run / "report.html").read_text()
     assert "<svg" in page
-    assert "http" not in page.replace("http://www.w3.org/", "")
+    assert "://" not in page.replace("http://www.w3.org/", "")
 
 
 def test_perplexity_is_the_exponential_of_the_loss(trained: Train, tmp_path: Path) -> None:

@@ -3,12 +3,13 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from bench.launched import Launched
 from bench.rounds import Lost
 from bench.subject import Subject
 
@@ -87,13 +88,46 @@ def test_a_process_that_left_the_group_is_found_and_killed(tmp_path: Path) -> No
     note = tmp_path / "pid"
     with fake(f"escape:{note}", ranks=1) as subject:
         subject.start(20.0)
-        end = time.monotonic() + 10.0
-        while not note.exists() or not note.read_text():
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        until(lambda: note.exists() and bool(note.read_text()))
         escaped = int(note.read_text())
         assert escaped in subject.launched.pids()
     assert not alive(escaped)
+
+
+@linux
+def test_a_frozen_system_does_nothing_until_it_is_thawed(tmp_path: Path) -> None:
+    """A process that left the group too: daemons beat their hearts while others have their turn."""
+    ticks = tmp_path / "ticks"
+    code = (
+        "import os, sys, time\n"
+        "if os.fork(): time.sleep(60)\n"
+        "os.setsid()\n"
+        "while True:\n"
+        "    with open(sys.argv[1], 'a') as file: file.write('.')\n"
+        "    time.sleep(0.01)\n"
+    )
+    launched = Launched([sys.executable, "-c", code, str(ticks)], env={}, folder=tmp_path)
+    launched.start()
+    until(lambda: ticks.exists() and ticks.stat().st_size > 2)
+    launched.freeze()
+    time.sleep(0.1)
+    frozen = ticks.stat().st_size
+    time.sleep(0.2)
+    assert ticks.stat().st_size == frozen
+    launched.thaw()
+    until(lambda: ticks.stat().st_size > frozen)
+    launched.freeze()
+    pids = launched.pids()
+    launched.close(grace_s=0.0)
+    assert len(pids) == 2
+    assert not [pid for pid in pids if alive(pid)]
+
+
+def until(true: Callable[[], bool], limit_s: float = 10.0) -> None:
+    end = time.monotonic() + limit_s
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def alive(pid: int) -> bool:

@@ -1,0 +1,98 @@
+"""Each benchmark runs: `--quick` end to end, with the real systems."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MARK = f"SHARDWISE_SMOKE={uuid.uuid4().hex}"
+ROOT = Path(__file__).resolve().parents[3]
+LIMIT_S = 60.0  # of a quick run on a quiet machine
+pytestmark = pytest.mark.slow
+
+
+def quick(name: str, tmp_path: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
+    out = tmp_path / "result.json"
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", name, "--quick", "--json", str(out)],
+        cwd=ROOT,
+        env=os.environ | dict([MARK.split("=")]),
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    seconds = time.monotonic() - began
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("load average ")
+    document = json.loads(out.read_text())
+    assert document["bench"] == name
+    assert document["quick"] is True
+    calm = document["machine"]["load_average"] < document["machine"]["cores"] / 2
+    assert seconds < LIMIT_S or not calm, f"{seconds:.0f} s"
+    return {(row["case"], row["system"], row["metric"]): row for row in document["rows"]}
+
+
+def assert_measured(rows: dict[tuple[str, str, str], dict[str, Any]], rounds: int = 3) -> None:
+    for key, row in rows.items():
+        assert "note" not in row, (key, row.get("note"))
+        assert len(row["values"]) == rounds, key
+        assert all(math.isfinite(value) and value > 0 for value in row["values"]), key
+        assert min(row["values"]) <= row["median"] <= max(row["values"]), key
+
+
+def test_data_parallel(tmp_path: Path) -> None:
+    rows = quick("data_parallel", tmp_path)
+    case = "bfloat16 batch=2"
+    metrics = {(case, "shardwise", "step_time"), (case, "ddp", "step_time"), (case, "shardwise", "ratio_to_ddp")}
+    assert set(rows) == metrics
+    assert_measured(rows)
+    ours = rows[case, "shardwise", "step_time"]
+    assert ours["agrees"] is True
+    assert ours["last_loss"] < ours["first_loss"] - 0.5
+    ratio = rows[case, "shardwise", "ratio_to_ddp"]
+    assert ratio["low"] <= ratio["median"] <= ratio["high"]
+    assert not left_over()
+
+
+def test_startup(tmp_path: Path) -> None:
+    rows = quick("startup", tmp_path)
+    systems = {(case, system) for case, system, metric in rows if metric == "seconds"}
+    assert systems == {
+        ("train to step 1, 2 ranks", "shardwise"),
+        ("train to step 1, 2 ranks", "bare"),
+        ("--help", "shardwise"),
+    }
+    assert_measured(rows)
+    assert not left_over()
+
+
+def test_loader(tmp_path: Path) -> None:
+    rows = quick("loader", tmp_path)
+    rates = [row for row in rows.values() if row["metric"] == "tokens_per_s"]
+    assert [row["system"] for row in rates] == ["shardwise", "torch"]
+    assert_measured(rows)
+    assert all(row["agrees"] is True for row in rates)
+    assert rates[0]["checksum"] == rates[1]["checksum"] > 0
+    assert not left_over()
+
+
+def left_over() -> list[str]:
+    """Processes of these benchmarks that outlived them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if MARK.encode() in path.read_bytes():
+                found.append((path.parent / "cmdline").read_text())
+        except OSError:
+            continue
+    return found
