@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from bench import corpus
 from bench.launched import ROOT, Launched
@@ -136,7 +137,7 @@ def _rate_rows(names: list[str], outcomes: Mapping[str, Outcome], sums: Mapping[
         agrees = sums.get(name) == common if name in sums else None
         note = outcomes[name].note or ("read other tokens than the rest" if agrees is False else None)
         target = ">= 20 M" if name == "shardwise" else None
-        more = {"note": note, "agrees": agrees, "checksum": sums.get(name), "target": target}
+        more: dict[str, Any] = {"note": note, "agrees": agrees, "checksum": sums.get(name), "target": target}
         rows.append(row(RATE, name, "tokens_per_s", "tokens/s", "higher", outcomes[name].values, **more))
     if BASE in outcomes:
         base = outcomes[BASE].values

@@ -45,6 +45,9 @@ LAUNCHES = {
         "<= 1.5 x bare; < torchrun and accelerate",
     ),
     "bare": Launch(lambda: [PYTHON, "-m", "bench.subjects.bare_step"], "torch", "pip install torch"),
+    "bare:preloaded": Launch(
+        lambda: [PYTHON, "-m", "bench.subjects.bare_step", "--preloaded"], "torch", "pip install torch"
+    ),
     "torchrun": Launch(lambda: torchrun(CASE.ranks, "bench.subjects.ddp_step"), "torch", "pip install torch"),
     "accelerate": Launch(
         lambda: accelerate_launch(CASE.ranks, "bench.subjects.accelerate_step"), "accelerate", "pip install accelerate"
@@ -130,8 +133,9 @@ def _first_step(names: list[str], rounds: int, folder: Path) -> list[Row]:
 
 
 def _ratios(outcomes: dict[str, Outcome]) -> list[Row]:
-    """Every system against the bare script, and shardwise against the other launchers."""
+    """Every system against the bare script, and shardwise against the best of scripts and the other launchers."""
     pairs = [(name, BASE, "<= 1.5" if name == "shardwise" else None) for name in outcomes if name != BASE]
+    pairs += [("shardwise", "bare:preloaded", None)]
     pairs += [("shardwise", name, "< 1") for name in ("torchrun", "accelerate")]
     return [
         ratio(TITLE, name, base, outcomes[name].values, outcomes[base].values, target=target)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
@@ -25,7 +28,7 @@ def main() -> None:
     module = work.model(case)
     model, optimizer = fabric.setup(module, work.optimizer(case, module.parameters()))
     loader = fabric.setup_dataloaders(DataLoader(work.ordered_tokens(case), batch_size=case.batch))
-    batches = iter(loader)
+    batches: Iterator[Any] = iter(loader)
 
     def step() -> float:
         batch = next(batches)

@@ -72,7 +72,6 @@ class Group(dist.ProcessGroup):
         self.settings = settings
         self.step = 0
         self.wire: dict[str, tuple[int, int]] = {}
-        self.asynchronous = "cuda" in inners
         kinds = {"cpu": dist.ProcessGroup.BackendType.GLOO, "cuda": dist.ProcessGroup.BackendType.NCCL}
         for device, inner in inners.items():
             if isinstance(inner.backend, NativeBackend):  # what is not overridden below falls through to it
@@ -185,7 +184,7 @@ class Group(dist.ProcessGroup):
     # Operations.
 
     def _run(self, op: str, tensors: Any, call: Callable[[Any], Any]) -> GuardedWork:
-        """Issue one operation: `call(backend)` returns the backend's work. `tensors` are what this rank hands over."""
+        """Issue one operation: `call(backend)` returns the backend's work. `tensors` are what it sends or receives."""
         flat = _flat(tensors)
         with self._lock:
             self._sequence += 1
@@ -195,15 +194,15 @@ class Group(dist.ProcessGroup):
             self._recent.append(tag)
             messages, moved = self.wire.get(op, (0, 0))
             self.wire[op] = (messages + 1, moved + sum(t.numel() * t.element_size() for t in flat))
-            inner = self._inner_for(flat)
+            device = flat[0].device.type if flat else next(iter(self._inners))
+            inner = self._inner_for(device)
             try:
-                return GuardedWork(self, tag, call(inner), tensors)
+                return GuardedWork(self, tag, call(inner), tensors, on_stream=device != "cpu")
             except RuntimeError as error:
                 failure = error
         raise self.failed(tag, failure) from None
 
-    def _inner_for(self, tensors: list[torch.Tensor]) -> Any:
-        device = tensors[0].device.type if tensors else next(iter(self._inners))
+    def _inner_for(self, device: str) -> Any:
         if device not in self._inners:
             raise CommError(
                 f"the group '{self._desc}' has no backend for {device} tensors, only for "
@@ -310,10 +309,10 @@ class Group(dist.ProcessGroup):
         return self._run("send", tensors, lambda inner: inner.send(tensors, dst, tag))
 
     def recv(self, tensors: Any, src: int, tag: int = 0) -> GuardedWork:
-        return self._run("recv", [], lambda inner: inner.recv(tensors, src, tag))
+        return self._run("recv", tensors, lambda inner: inner.recv(tensors, src, tag))
 
     def recv_anysource(self, tensors: Any, tag: int = 0) -> GuardedWork:
-        return self._run("recv", [], lambda inner: inner.recv_anysource(tensors, tag))
+        return self._run("recv", tensors, lambda inner: inner.recv_anysource(tensors, tag))
 
     def barrier(self, opts: Any = None, timeout: timedelta | None = None) -> GuardedWork:
         opts = _options(dist.BarrierOptions, opts, timeout)

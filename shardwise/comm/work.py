@@ -27,20 +27,24 @@ class Tag(NamedTuple):
 class GuardedWork(dist.Work):
     """What `Group` returns for an operation: waits at most the group's limit and raises CommError, never hangs.
 
-    `whole` are tensors that must live until the operation has ended.
+    `tensors` must live until the operation has ended. `on_stream` is for devices with a queue of their own: there a wait
+    only orders what follows, and the backend's watchdog limits it.
     """
 
-    def __init__(self, group: Group, tag: Tag, inner: Any, whole: Any = None) -> None:
+    def __init__(self, group: Group, tag: Tag, inner: Any, tensors: Any, *, on_stream: bool) -> None:
         super().__init__()
         self._group = group
         self._tag = tag
         self._inner = inner
-        self._whole = whole
+        self._tensors = tensors
+        self._on_stream = on_stream
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         """Block until the operation has ended on this rank. Raises CommError on failure, abort or after the limit."""
-        if self._group.asynchronous:
-            return self._on_stream()
+        if self._on_stream:
+            if self._group.aborted:
+                raise self._group.aborted_error(self._tag)
+            return self._end()
         limit = timeout.total_seconds() or self._group.timeout_s
         deadline = time.monotonic() + limit
         while True:
@@ -63,15 +67,6 @@ class GuardedWork(dist.Work):
         except RuntimeError as error:
             raise self._group.failed(self._tag, error) from None
         return True
-
-    def _on_stream(self) -> bool:
-        """A device's queue: the wait is only ordered here, the backend's own watchdog limits it."""
-        if self._group.aborted:
-            raise self._group.aborted_error(self._tag)
-        try:
-            return bool(self._inner.wait())
-        except RuntimeError as error:
-            raise self._group.failed(self._tag, error) from None
 
     def is_completed(self) -> bool:
         return bool(self._inner.is_completed())

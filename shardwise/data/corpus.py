@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 import os
@@ -17,7 +16,7 @@ from shardwise.data import cache
 from shardwise.errors import DataError
 
 CHUNK_BYTES = 64 * 1024
-_READ_BYTES = 1 << 20
+_READ_BYTES = 1 << 18
 _RACY_NS = 2_000_000_000
 
 
@@ -203,30 +202,41 @@ class Files:
 
 
 def _check(path: str) -> tuple[str, str]:
-    """The sha256 of a file's bytes, and why it is not text ('' when it is)."""
+    """The sha256 of a file's bytes, and why it is not text ('' when it is).
+
+    Decodes block by block by hand: codecs' incremental decoder lets resident memory grow with the file.
+    """
     digest = hashlib.sha256()
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0
+    offset, rest = 0, b""
     try:
         with open(path, "rb") as file:
             while raw := file.read(_READ_BYTES):
                 digest.update(raw)
-                if b"\0" in raw:
-                    return "", _not_text(path, "a NUL byte", offset + raw.index(0))
-                pending = len(decoder.getstate()[0])
+                block = rest + raw
+                whole = _whole_characters(block)
+                if b"\0" in block:
+                    return "", _not_text(path, "a NUL byte", offset + block.index(0))
                 try:
-                    decoder.decode(raw)
+                    block[:whole].decode("utf-8")
                 except UnicodeDecodeError as error:
-                    return "", _not_text(
-                        path, f"bytes that are not UTF-8 ({error.reason})", offset - pending + error.start
-                    )
-                offset += len(raw)
-        pending = len(decoder.getstate()[0])
-        if pending:
-            return "", _not_text(path, "half a UTF-8 character at its end", offset - pending)
+                    return "", _not_text(path, f"bytes that are not UTF-8 ({error.reason})", offset + error.start)
+                offset += whole
+                rest = block[whole:]
+        if rest:
+            return "", _not_text(path, "half a UTF-8 character at its end", offset)
     except OSError as error:
         return "", str(_unreadable(path, error))
     return digest.hexdigest(), ""
+
+
+def _whole_characters(block: bytes) -> int:
+    """How much of a block is left without a character that is cut off at its end."""
+    for back in range(1, min(3, len(block)) + 1):
+        byte = block[-back]
+        if byte & 0xC0 != 0x80:
+            length = 4 if byte >= 0xF0 else 3 if byte >= 0xE0 else 2 if byte >= 0xC0 else 1
+            return len(block) - back if length > back else len(block)
+    return len(block)
 
 
 def _not_text(path: str, what: str, offset: int) -> str:

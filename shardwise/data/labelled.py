@@ -163,12 +163,15 @@ def _sample(pairs: Pairs, vocab: int) -> Iterator[str]:
 
 def _write(path: Path, pairs: Pairs, tokenizer: Any, length: int, dtype: Any) -> None:
     end, pad = tokenizer.token_to_id(tokens.END), tokenizer.token_to_id(PAD)
+    encoder = tokens.encoder_of(tokenizer, None)
     with open(path, "wb") as out, tokens.parallel_tokenizers():
         for start in range(0, len(pairs), _ENCODED_AT_ONCE):
             some = pairs[start : start + _ENCODED_AT_ONCE]
-            encoded = tokenizer.encode_batch_fast([text for text, _ in some], add_special_tokens=False)
+            encoded = encoder.encode([text for text, _ in some])
             block = np.full((len(some), length + 2), pad, dtype=dtype)
-            for row, one, (_, label) in zip(block, encoded, some, strict=True):
-                ids = [*one.ids[: length - 1], end]
-                row[: 2 + len(ids)] = [label, len(ids), *ids]
+            for row, ids, (_, label) in zip(block, encoded, some, strict=True):
+                count = min(len(ids), length - 1)
+                row[:2] = label, count + 1
+                row[2 : 2 + count] = ids[:count]
+                row[2 + count] = end
             out.write(block.data)

@@ -102,10 +102,10 @@ class Text:
         end = tokens.end_of(tokenizer, self.end_token)
         vocab = tokens.size_of(tokenizer)
         tokens.check_vocab(vocab, self.vocab)
-        plain = self.tokenizer == "bytes"
+        encoder = tokens.encoder_of(tokenizer, self.tokenizer)
         apart = self._held_out()[1] or self.corpus
         counts = [
-            tokens.encode(made / name, tokenizer, end, corpus=corpus, pieces=pieces, plain=plain)
+            tokens.encode(made / name, encoder, end=end, corpus=corpus, pieces=pieces)
             for name, corpus, pieces in (("train.bin", self.corpus, train), ("eval.bin", apart, held))
         ]
         facts: dict[str, Any] = {

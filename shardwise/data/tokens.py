@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shardwise.data.corpus import Corpus, Piece
+from shardwise.data.encoders import WORDS, ByteEncoder, Encoder, LibraryEncoder, WordEncoder
 from shardwise.errors import DataError
 
 END = "<|end|>"
@@ -62,10 +63,11 @@ def write_tokenizer(
 
 def train_bpe(texts: Iterator[str], vocab: int, specials: Sequence[str] = (END,)) -> Any:
     """A byte-level BPE (Sennrich et al. 2016; on bytes as in GPT-2) of exactly `vocab` tokens, the specials first."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    by_byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"), by_byte])
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
@@ -149,14 +151,19 @@ def sample(corpus: Corpus, pieces: Sequence[Piece], vocab: int) -> Iterator[str]
                 yield text
 
 
-def encode(
-    path: Path, tokenizer: Any, end: int, *, corpus: Corpus, pieces: Sequence[Piece], plain: bool
-) -> tuple[int, int]:
+def encoder_of(tokenizer: Any, choice: str | os.PathLike[str] | None) -> Encoder:
+    """The quickest encoder for a tokenizer that was chosen by `choice`, as `text(tokenizer=...)` has it."""
+    dtype = token_dtype(size_of(tokenizer))
+    if choice == "bytes":
+        return ByteEncoder(dtype)
+    return WordEncoder(tokenizer, dtype) if choice is None else LibraryEncoder(tokenizer, dtype)
+
+
+def encode(path: Path, encoder: Encoder, *, end: int, corpus: Corpus, pieces: Sequence[Piece]) -> tuple[int, int]:
     """Write the tokens of every document and its end token to a new file; returns how many tokens and documents.
 
-    `plain`: the tokenizer is `bytes`. Holds half a megabyte of text and its tokens at a time.
+    Holds half a megabyte of text and its tokens at a time.
     """
-    dtype = token_dtype(size_of(tokenizer))
     total, documents, size = 0, 0, 0
     texts: list[tuple[str, bool]] = []
     with open(path, "wb") as out, parallel_tokenizers():
@@ -166,24 +173,18 @@ def encode(
                 size += len(chunk[0])
                 documents += chunk[1]
                 if size >= _BATCH_BYTES:
-                    total += _append(out, texts, tokenizer, end, dtype, plain)
+                    total += _append(out, texts, encoder, end)
                     texts, size = [], 0
-        total += _append(out, texts, tokenizer, end, dtype, plain)
+        total += _append(out, texts, encoder, end)
     return total, documents
 
 
-def _append(
-    out: BinaryIO, texts: list[tuple[str, bool]], tokenizer: Any, end: int, dtype: npt.DTypeLike, plain: bool
-) -> int:
-    if plain:
-        found = [np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(dtype) for text, _ in texts]
-    else:
-        encoded = tokenizer.encode_batch_fast([text for text, _ in texts], add_special_tokens=False)
-        found = [np.array(one.ids, dtype=dtype) for one in encoded]
-    stop = np.array([end], dtype=dtype)
-    parts = [part for ids, (_, last) in zip(found, texts, strict=True) for part in ((ids, stop) if last else (ids,))]
-    if not parts:
+def _append(out: BinaryIO, texts: list[tuple[str, bool]], encoder: Encoder, end: int) -> int:
+    found = encoder.encode([text for text, _ in texts])
+    if not found:
         return 0
+    stop = np.array([end], dtype=found[0].dtype)
+    parts = [part for ids, (_, last) in zip(found, texts, strict=True) for part in ((ids, stop) if last else (ids,))]
     joined = np.concatenate(parts)
     out.write(joined.data)
     return len(joined)

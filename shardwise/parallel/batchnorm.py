@@ -112,11 +112,11 @@ class BatchNormSync:
 
     def _normalise(self, norm: _BatchNorm, input: Tensor) -> Tensor:
         norm._check_input_dim(input)
-        if not norm.training and norm.running_mean is not None:
+        if not norm.training:
             return type(norm).forward(norm, input)
         output: Tensor
         output, mean, variance, count = _Normalise.apply(input, norm.weight, norm.bias, norm.eps, self)
-        if norm.training and norm.track_running_stats and norm.running_mean is not None:
+        if norm.track_running_stats and norm.running_mean is not None:
             _update(norm, mean, variance, float(count))
         return output
 

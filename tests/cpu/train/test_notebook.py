@@ -6,7 +6,6 @@ import ast
 import importlib.util
 import os
 import textwrap
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,13 +73,10 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each cell of CELLS displays, by MIME type, after all ran in one kernel."""
     import nbformat
     from nbclient import NotebookClient
-    from traitlets.config import Config
 
     folder = tmp_path_factory.mktemp("notebook")
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(textwrap.dedent(text).strip()) for text in CELLS])
-    sockets = Config(KernelManager={"transport": "ipc"})  # in the file system, no ports
-    told: dict[str, Any] = {"timeout": 200, "kernel_name": "python3", "config": sockets}
-    client = NotebookClient(book, resources={"metadata": {"path": str(folder)}}, **told)
+    client = NotebookClient(book, timeout=200, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
     try:
         client.create_kernel_manager()
         client.start_new_kernel()

@@ -163,3 +163,23 @@ def test_the_standard_library_is_found_without_installed_packages(tmp_path: Path
     assert any(name.endswith("/json/decoder.py") for name in names)
     assert not any("site-packages" in name or "__pycache__" in name for name in names)
     assert names == sorted(names, key=lambda name: os.path.relpath(name, corpus.python_stdlib().paths[0]))
+
+
+@given(st.text(), st.integers(1, 7), st.booleans(), st.integers(0, 40))
+def test_blocks_may_cut_characters_and_faults_are_where_python_finds_them(
+    tmp_path_factory: pytest.TempPathFactory, text: str, block: int, spoil: bool, at: int
+) -> None:
+    raw = bytearray(text.replace("\0", "").encode())
+    if spoil and raw:
+        raw[at % len(raw)] ^= 0x80
+    path = tmp_path_factory.getbasetemp() / "blocks.txt"
+    path.write_bytes(raw)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "_READ_BYTES", block)
+        _, fault = corpus._check(str(path))
+    try:
+        raw.decode()
+    except UnicodeDecodeError as error:
+        assert fault.partition("at byte offset ")[2].partition(".")[0] == str(error.start)
+    else:
+        assert fault == ("" if b"\0" not in raw else fault)

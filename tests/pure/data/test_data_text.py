@@ -16,9 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shardwise.data import encoders, tokens
 from shardwise.data import text as text_module
-from shardwise.data import tokens
 from shardwise.data.corpus import files
+from shardwise.data.encoders import LibraryEncoder, WordEncoder
 from shardwise.data.perplexity import table_perplexities
 from shardwise.data.text import text
 from shardwise.errors import DataError
@@ -286,3 +287,47 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, tokenizer: str, me
     large = peak_of(tmp_path / "large", megabytes, tokenizer)
     assert large < 300e6
     assert large - small < 50e6
+
+
+CHARACTERS = st.one_of(
+    st.sampled_from(list("ab'sdlr019 _-=<|>\n\t\r\f\x0b\x1c\x7f.")),
+    st.sampled_from(
+        ["\u00e9", "\u00a0", "\u0301", "\u2028", "\u00b2", "\u0969", "\U0001f600", "\ufeff", "<|end|>", "'ll"]
+    ),
+    st.characters(exclude_categories=["Cs"]),
+)
+
+
+@pytest.fixture(scope="module")
+def trained() -> Any:
+    texts = [" ".join(WORDS) + "\n\tself.x = 'it''s' 123  # \u00e9t\u00e9\n    return <|end|>\n"] * 3
+    return tokens.train_bpe(iter(texts), 290)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.lists(CHARACTERS).map("".join), max_size=4))
+def test_looking_words_up_equals_the_library_and_loses_nothing(trained: Any, texts: list[str]) -> None:
+    by_word, by_library = WordEncoder(trained, np.uint16), LibraryEncoder(trained, np.uint16)
+    found = [ids.tolist() for ids in by_word.encode(texts)]
+    assert found == [ids.tolist() for ids in by_library.encode(texts)]
+    assert found == [ids.tolist() for ids in by_word.encode(texts)]  # now from the store
+    for text_, ids in zip(texts, found, strict=True):
+        assert trained.decode(ids) == text_
+        assert trained.token_to_id("<|end|>") not in ids
+
+
+def test_the_store_of_words_is_bounded(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoders, "_KNOWN_BYTES", 2000)
+    encoder = WordEncoder(trained, np.uint16)
+    for number in range(200):
+        encoder.encode([f"word{number} other{number}"])
+        assert len(encoder._known) < 40
+    assert encoder.encode(["word7"])[0].tolist() == trained.encode("word7").ids
+
+
+def test_text_that_looks_like_the_end_token_ends_no_document(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("before <|end|> after\n" * 20)
+    made = text(stories(tmp_path / "text", 20), vocab=290, context=8).prepare(tmp_path / "cache")
+    for tokenizer in ("bytes", made.facts["tokenizer"]):
+        found = text(tmp_path / "a.txt", tokenizer=tokenizer, context=8, held_out=0).prepare(tmp_path / "cache")
+        assert (token_file(found, "train.bin") == found.facts["end_token"]).sum() == 1
