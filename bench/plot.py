@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 
 from bench.rows import Row, number
@@ -14,11 +15,25 @@ GREY = "#7d8590"  # readable on white and on black
 OURS = "shardwise"
 
 
+@dataclass(frozen=True)
+class Axis:
+    """The values at the left and the right end of the picture."""
+
+    low: float
+    high: float
+
+    def x(self, value: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * (min(value, self.high) - self.low) / (self.high - self.low)
+
+
 def dots(title: str, rows: Sequence[Row]) -> str:
-    """Rows of one metric, under a heading for each case; the axis begins at 0. A row that hung has an arrow instead."""
+    """Rows of one metric, under a heading for each case. A row that hung says so.
+
+    The axis begins at 0, that of ratios near the smallest; theirs has a line at 1.
+    """
     shown = [each for each in rows if each["median"] is not None]
-    highest = max((_reach(each) for each in shown), default=0.0) or 1.0
-    unit = shown[0]["unit"] if shown else ""
+    is_ratio = bool(shown) and shown[0]["metric"].startswith("ratio_to_")
+    axis = _axis(shown, is_ratio=is_ratio)
     parts: list[str] = []
     y = float(TOP)
     case = None
@@ -28,59 +43,61 @@ def dots(title: str, rows: Sequence[Row]) -> str:
             y += LINE * 0.6
             parts.append(_text(12, y, "start", case, weight="bold"))
             y += LINE
-        parts += _line(each, y, highest)
+        parts += _line(each, y, axis)
         y += LINE
     bottom = y - LINE * 0.4
-    axis = _axis(highest, bottom, unit, reference=bool(shown) and shown[0]["metric"].startswith("ratio_to_"))
-    return _picture(title, [*axis, *parts], bottom + 30)
+    grid = _grid(axis, bottom, shown[0]["unit"] if shown else "", is_ratio=is_ratio)
+    return _picture(title, [*grid, *parts], bottom + 30)
 
 
-def _reach(each: Row) -> float:
-    values = [each["median"], each.get("high") or 0.0, *(each["values"] if each.get("high") is None else [])]
-    return max((value for value in values if math.isfinite(value)), default=0.0)
+def _axis(rows: Sequence[Row], *, is_ratio: bool) -> Axis:
+    ends = [value for each in rows for value in (*_spread(each), each["median"]) if math.isfinite(value)]
+    if is_ratio:
+        ends.append(1.0)
+    low = min(ends, default=0.0) if is_ratio else 0.0
+    high = max(ends, default=1.0)
+    if not high > low:
+        low, high = 0.0, max(high, 1.0)
+    margin = 0.04 * (high - low)
+    return Axis(low - margin if low > 0 else 0.0, high + margin)
 
 
-def _x(value: float, highest: float) -> float:
-    return LEFT + (WIDTH - LEFT - RIGHT) * 0.98 * value / highest
+def _spread(each: Row) -> tuple[float, float]:
+    """The interval of a row, or the range of its values that are finite."""
+    if each.get("low") is not None:
+        return each["low"], each["high"]
+    finite = [value for value in each["values"] if math.isfinite(value)]
+    return (min(finite), max(finite)) if finite else (math.inf, math.inf)
 
 
-def _line(each: Row, y: float, highest: float) -> list[str]:
+def _line(each: Row, y: float, axis: Axis) -> list[str]:
     colour = COLOURS[0] if each["system"].startswith(OURS) else COLOURS[4]
     parts = [_text(LEFT - 10, y + 4, "end", each["system"])]
     if not math.isfinite(each["median"]):
-        return [*parts, _text(WIDTH - RIGHT, y + 4, "end", "hung \u2192".encode("ascii", "xmlcharrefreplace").decode())]
-    finite = [value for value in each["values"] if math.isfinite(value)]
-    low, high = each.get("low", min(finite)), each.get("high", max(finite))
+        return [*parts, _text(WIDTH - RIGHT, y + 4, "end", "hung or failed")]
+    low, high = _spread(each)
     said = f"{each['system']}: {number(each['median'])} {each['unit']} ({number(low)} to {number(high)})"
-    reach = min(high, highest)
-    parts.append(
+    return [
+        *parts,
         f'<g stroke="{colour}" fill="{colour}"><title>{escape(said)}</title>'
-        f'<line x1="{_x(low, highest):.1f}" x2="{_x(reach, highest):.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke-width="2"/>'
-        f'<circle cx="{_x(each["median"], highest):.1f}" cy="{y:.1f}" r="4.5"/></g>'
-    )
-    return parts
+        f'<line x1="{axis.x(low):.1f}" x2="{axis.x(high):.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke-width="2"/>'
+        f'<circle cx="{axis.x(each["median"]):.1f}" cy="{y:.1f}" r="4.5"/></g>',
+    ]
 
 
-def _axis(highest: float, bottom: float, unit: str, *, reference: bool) -> list[str]:
-    parts = []
-    for value in ticks(0.0, highest):
-        x = _x(value, highest)
-        parts.append(
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom:.1f}" stroke="{GREY}" stroke-opacity="0.25"/>'
-        )
-        parts.append(_text(x, bottom + 16, "middle", number(value)))
-    parts.append(_text(WIDTH - RIGHT, TOP - 6, "end", unit))
-    if reference:
-        x = _x(1.0, highest)
-        parts.append(
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom:.1f}" stroke="{GREY}" stroke-width="1.5"/>'
-        )
+def _grid(axis: Axis, bottom: float, unit: str, *, is_ratio: bool) -> list[str]:
+    parts = [_text(WIDTH - RIGHT, TOP - 6, "end", unit)]
+    for value in ticks(axis.low, axis.high):
+        x = axis.x(value)
+        thick = 'stroke-width="1.5"' if is_ratio and abs(value - 1.0) < 1e-9 else 'stroke-opacity="0.25"'
+        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom:.1f}" stroke="{GREY}" {thick}/>')
+        parts.append(_text(x, bottom + 16, "middle", number(round(value, 9))))
     return parts
 
 
 def _text(x: float, y: float, anchor: str, text: str, *, weight: str = "normal") -> str:
-    said = text if "&#" in text else escape(text)
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-weight="{weight}" fill="{GREY}">{said}</text>'
+    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-weight="{weight}"'
+    return f'<text {place} fill="{GREY}">{escape(text)}</text>'
 
 
 def _picture(title: str, parts: Sequence[str], height: float) -> str:

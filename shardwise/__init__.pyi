@@ -1,13 +1,13 @@
+from shardwise.data.arrays import arrays as arrays
+from shardwise.data.corpus import files as files
+from shardwise.data.corpus import python_stdlib as python_stdlib
+from shardwise.data.datasets import dataset as dataset
 from shardwise.data.idx import fashion_mnist as fashion_mnist
 from shardwise.data.idx import idx as idx
 from shardwise.data.images import images as images
 from shardwise.data.labelled import imdb as imdb
 from shardwise.data.labelled import labelled as labelled
-from shardwise.data.arrays import arrays as arrays
-from shardwise.data.datasets import dataset as dataset
 from shardwise.data.synthetic import synthetic as synthetic
-from shardwise.data.corpus import files as files
-from shardwise.data.corpus import python_stdlib as python_stdlib
 from shardwise.data.text import text as text
 from shardwise.models.losses import accuracy as accuracy
 from shardwise.models.losses import cross_entropy as cross_entropy

@@ -76,8 +76,9 @@ def main() -> None:
         sys.exit(f"{told.page}: there is no such page in {HERE}.")
     found = with_values(blocks(page), told.values)
     began, before = time.perf_counter(), Path.cwd()
-    with tempfile.TemporaryDirectory(prefix="shardwise-page-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="shardwise-page-", ignore_cleanup_errors=True) as scratch:
         os.chdir(scratch)
+        sys.path.insert(0, scratch)
         run(page, found)
         for picture in sorted(Path(scratch).glob("*.svg")) if into else ():
             shutil.copy(picture, into)

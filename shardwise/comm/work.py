@@ -27,8 +27,8 @@ class Tag(NamedTuple):
 class GuardedWork(dist.Work):
     """What `Group` returns for an operation: waits at most the group's limit and raises CommError, never hangs.
 
-    `tensors` must live until the operation has ended. `on_stream` is for devices with a queue of their own: there a wait
-    only orders what follows, and the backend's watchdog limits it.
+    `tensors` must live until the operation has ended. `on_stream` is for devices with a queue of their own: there a
+    wait only orders what follows, and the backend's watchdog limits it.
     """
 
     def __init__(self, group: Group, tag: Tag, inner: Any, tensors: Any, *, on_stream: bool) -> None:

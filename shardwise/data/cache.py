@@ -66,11 +66,10 @@ def explained(place: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            free = _free_bytes(place)
             raise DataError(
                 f"The disk that holds the data cache is full: writing {error.filename or place} failed "
-                f"({error.strerror}; {free} bytes are free). Nothing half-written was kept. Free some space, or set "
-                "XDG_CACHE_HOME to a folder on a larger disk."
+                f"({error.strerror}). Nothing half-written was kept. Free some space, or set XDG_CACHE_HOME to a "
+                "folder on a larger disk."
             ) from error
         raise DataError(
             f"The data cache cannot be used: {error.filename or place}: {error.strerror or error}. "
@@ -155,10 +154,3 @@ def _locked(path: Path, limit_s: float = _LOCK_LIMIT_S) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
-
-
-def _free_bytes(place: Path) -> int:
-    for folder_ in (place, *place.parents):
-        if folder_.exists():
-            return shutil.disk_usage(folder_).free
-    return 0

@@ -73,8 +73,14 @@ class Bucket:
         empty.body.zero_()
         push(self.nodes, node, empty, total, self._merge)
 
+    def reset(self) -> None:
+        """Be ready for the next step, also after one that an error ended."""
+        self.settle()
+        self.missing = len(self.parameters)
+
     def settle(self) -> None:
         """After the exchange: the first node's buffer has the sum, the others are free."""
+        self.work = None
         if self.nodes:
             self.current = self.nodes[0][1]
             self._spare += [buffer for _, buffer in self.nodes[1:]]

@@ -64,6 +64,8 @@ class Replica:
     # The phases of a step, in the order in which `step` calls them.
 
     def begin(self, micros: int) -> None:
+        if self.axis.group is not None:
+            self.axis.group.step += 1
         self.reducer.begin()
         if self._buffers is not None:
             self._buffers.begin()

@@ -64,8 +64,8 @@ class Reducer:
     def begin(self) -> None:
         """Start a step of one or more microbatches; no gradient is left over from the one before."""
         self.refresh()
-        for parameter in self._parameters:
-            parameter.grad = None
+        self._reset()
+        self.clear()
         self._mean = False
         self._sending = False
 
@@ -89,7 +89,7 @@ class Reducer:
 
     def report(self, slot: int, loss_sum: Tensor, weight: Tensor) -> None:
         """Add a microbatch's loss sum and weight (0-dim) to what this rank sends; `slot` is the rank or the shard."""
-        pair = torch.stack([loss_sum.detach().double(), weight.detach().double()])
+        pair = statistics.pair(loss_sum, weight)
         self._reports[slot] = self._reports[slot] + pair if slot in self._reports else pair
 
     def finish(self, *, mean: bool = False) -> tuple[Totals, float]:
@@ -105,7 +105,6 @@ class Reducer:
         for bucket in self._buckets:
             if bucket.work is not None:
                 bucket.work.wait()
-                bucket.work = None
             bucket.settle()
         waited = time.perf_counter() - began
         pairs, used = self._read_tail()
@@ -194,7 +193,7 @@ class Reducer:
         self._next = 0
         self._sending = True
         for bucket in self._buckets:
-            bucket.missing = len(bucket.parameters)
+            bucket.reset()
 
     def _arrived(self, index: int, parameter: nn.Parameter) -> None:
         """A gradient is complete: move it into its bucket, and send the bucket when it was the last one."""
@@ -308,9 +307,11 @@ class Alone:
 
     def __init__(self, named: Callable[[], Named]) -> None:
         self._named = named
+        self._parameters: list[nn.Parameter] = []
         self._reports: list[Tensor] = []
 
     def begin(self) -> None:
+        self._parameters = [p for _, p in self._named()]
         self.clear()
         self._reports = []
 
@@ -318,7 +319,7 @@ class Alone:
         return None
 
     def report(self, slot: int, loss_sum: Tensor, weight: Tensor) -> None:
-        self._reports.append(torch.stack([loss_sum.detach().double(), weight.detach().double()]))
+        self._reports.append(statistics.pair(loss_sum, weight))
 
     def finish(self, *, mean: bool = False) -> tuple[Totals, float]:
         pair = torch.stack(self._reports).sum(0).tolist() if self._reports else [0.0, 0.0]
@@ -336,14 +337,14 @@ class Alone:
             torch._foreach_mul_(grads, factor)
 
     def clear(self) -> None:
-        for _, parameter in self._named():
+        for parameter in self._parameters:
             parameter.grad = None
 
     def close(self) -> None:
         return None
 
     def _grads(self) -> list[Tensor]:
-        return [p.grad for _, p in self._named() if p.grad is not None]
+        return [p.grad for p in self._parameters if p.grad is not None]
 
 
 def norm_of(tensors: Sequence[Tensor]) -> float:

@@ -27,6 +27,12 @@ class Totals(NamedTuple):
     bad: list[int]
 
 
+def pair(loss_sum: Tensor, weight: Tensor) -> Tensor:
+    """float64 [2] on the device of the loss."""
+    loss_sum = loss_sum.detach().double()
+    return torch.stack([loss_sum, weight.detach().to(loss_sum)])
+
+
 def encode(pairs: Tensor) -> Tensor:
     """float64 [n, 2] -> float32 [n, 6] whose pieces add up to it exactly."""
     first = pairs.float()
@@ -47,7 +53,7 @@ def fill(row: Tensor, slots: Mapping[int, Tensor]) -> None:
     row.zero_()
     if slots:
         table = row.view(-1, COLUMNS)
-        table[list(slots)] = encode(torch.stack(list(slots.values()))).to(row.dtype)
+        table[list(slots)] = encode(torch.stack(list(slots.values()))).to(row)
 
 
 def total(pairs: Sequence[tuple[float, float]], *, tree: bool) -> Totals:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from msgspec import UNSET, Struct, field, structs
+from msgspec import NODEFAULT, UNSET, Struct, field, structs
 
 from shardwise.errors import SpecError, did_you_mean
 from shardwise.spec.files import convert
@@ -171,9 +171,7 @@ def build_plan(fixed: dict[str, Any]) -> Plan:
 
 
 def _changed(value: Struct) -> list[tuple[str, Any]]:
-    defaults = {
-        f.name: f.default if f.default is not structs.NODEFAULT else f.default_factory for f in structs.fields(value)
-    }
+    defaults = {f.name: f.default if f.default is not NODEFAULT else f.default_factory for f in structs.fields(value)}
     found = []
     for name in value.__struct_fields__:
         default = defaults.get(name, UNSET)

@@ -59,7 +59,7 @@ class Adopted:
         if not self._queued:
             self._queued = True
             # runs when this backward pass is over; distributed data parallel in torch finishes the same way
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
     def _finish(self) -> None:
         self._queued = False

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from datetime import timedelta
-from typing import Any
 
 import msgspec
 
-from shardwise.cluster.env import Placement, from_environment
+from shardwise.cluster.env import from_environment
 from shardwise.comm.mesh import Mesh, connect
+from shardwise.comm.store import LOOPBACK, environment_store
 from shardwise.errors import SpecError
 from shardwise.spec.plan import Plan
 from shardwise.train.folder import RunFolder
@@ -58,29 +57,18 @@ def device_of(local_rank: int) -> str:
     return f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
 
 
-def environment_store(placement: Placement) -> Any:
-    """The store that a foreign launcher's environment points to; torchrun serves one itself, else rank 0 does."""
-    if placement.world == 1:
-        return None
-    import torch.distributed as dist
-
-    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    limit = timedelta(seconds=JOIN_LIMIT_S)
-    host, port = placement.master_addr, placement.master_port
-    master = placement.rank == 0 and not served
-    store = dist.TCPStore(host, port, placement.world, is_master=master, timeout=limit, wait_for_workers=False)
-    return dist.PrefixStore(f"shardwise-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
 def _connect(plan: Plan | None) -> Mesh:
-    placement = from_environment(os.environ)
-    if placement is None:
+    place = from_environment(os.environ)
+    if place is None:
         return connect(plan or Plan(), rank=0, world=1, store=None, device=device_of(0))
-    store = environment_store(placement)
-    device = device_of(placement.local_rank)
-    return connect(
-        plan or Plan(data=placement.world), rank=placement.rank, world=placement.world, store=store, device=device
-    )
+    store = None
+    if place.world > 1:
+        found = (place.rank, place.world, place.master_addr, place.master_port, JOIN_LIMIT_S)
+        store = environment_store(*found, agent_store=place.agent_store)
+    chosen = plan or Plan(data=place.world)
+    host = LOOPBACK if place.local_world == place.world else None  # several hosts do not meet on loopback
+    device = device_of(place.local_rank)
+    return connect(chosen, rank=place.rank, world=place.world, store=store, device=device, host=host)
 
 
 def agree(mesh: Mesh, text: str) -> str:

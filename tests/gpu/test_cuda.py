@@ -1,4 +1,4 @@
-"""On a CUDA device: whole runs by the launcher, the same loss as on the CPU, every precision, and the group over nccl."""
+"""On a CUDA device: whole runs, the same loss as on the CPU, every precision, and the group over nccl."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -70,6 +71,8 @@ def train(rank: Rank, kind: str, samples: int, pieces: int, cut: int) -> Any:
         micro = [jobs.Micro(jobs.rows(whole, mine[i : i + size]), s) for i in range(0, len(mine), size)]
         losses.append(step(replica, [optimizer], micro, loss=squared).loss)
     assert list(module.state_dict()) == names
+    copied = copy.deepcopy(module).eval()
+    assert torch.equal(copied(whole["input"]), module.eval()(whole["input"]))
     replica.close()
     assert "forward" not in vars(module.norm)
     return losses, {k: v.double().flatten().tolist() for k, v in module.state_dict().items()}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shardwise.errors import NonFiniteLoss
+from shardwise.errors import JobError, NonFiniteLoss
 from shardwise.parallel.parallelize import Replica, parallelize
 from shardwise.parallel.step import evaluate, step
 from shardwise.spec.plan import Plan, Sync
@@ -388,6 +388,29 @@ def interrupted(rank: Rank, stop: int | None) -> tuple[list[float], str]:
 
 def test_the_replicas_state_makes_the_next_step_the_same() -> None:
     assert run_ranks(2, interrupted, 3) == run_ranks(2, interrupted, None)
+
+
+def mended(rank: Rank, fails: bool) -> str:
+    """In a notebook a failed step is mended and run again."""
+    module = jobs.net()
+    replica = replica_of(rank, module, exact=True)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    micro = jobs.exact_share(0, 8, rank.rank, rank.world, 4)
+
+    def wrong(output: Tensor, batch: Any) -> Any:
+        if batch is micro[2].batch:
+            raise ValueError("not yet")
+        return jobs.loss(output, batch)
+
+    if fails:
+        with pytest.raises(JobError, match="not yet"):
+            step(replica, [optimizer], micro, loss=wrong)
+    step(replica, [optimizer], micro, loss=jobs.loss)
+    return jobs.fingerprint(module)
+
+
+def test_a_step_after_one_that_failed_is_as_if_it_had_not_been() -> None:
+    assert run_ranks(1, mended, True) == run_ranks(1, mended, False)
 
 
 def two_optimizers(rank: Rank) -> Any:

@@ -6,6 +6,8 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from bench.page import write_page
 from bench.plot import dots
 from bench.rows import missing, ratio, result, row
@@ -57,15 +59,25 @@ def test_a_page_without_results_is_still_a_page(tmp_path: Path) -> None:
 def test_a_dot_lies_where_its_median_is_and_a_ratio_has_a_line_at_one() -> None:
     picture = ElementTree.fromstring(dots("t", [row for row in rows() if row["metric"] == "ratio_to_ddp"]))
     at = [float(circle.attrib["cx"]) for circle in picture.iter(f"{SVG}circle")]
-    assert len(at) == 2
-    thick = [line for line in picture.iter(f"{SVG}line") if line.attrib.get("stroke-width") == "1.5"]
-    one = float(thick[0].attrib["x1"])
-    origin = min(float(line.attrib["x1"]) for line in picture.iter(f"{SVG}line") if "stroke-opacity" in line.attrib)
-    assert abs((at[0] - origin) / (one - origin) - 1.1) < 2e-3
-    assert abs((at[1] - origin) / (one - origin) - 0.9) < 2e-3
+    lines = [line.attrib for line in picture.iter(f"{SVG}line") if line.attrib["x1"] == line.attrib["x2"]]
+    labels = [text for text in picture.iter(f"{SVG}text") if text.attrib["text-anchor"] == "middle"]
+    marks = sorted((float(text.attrib["x"]), float(text.text or "nan")) for text in labels)
+    (x_low, low), (x_high, high) = marks[0], marks[-1]
+    read = [low + (x - x_low) / (x_high - x_low) * (high - low) for x in at]
+    assert read == pytest.approx([1.1, 0.9], abs=2e-3)
+    one = [line for line in lines if line.get("stroke-width") == "1.5"]
+    assert len(one) == 1
+    assert (float(one[0]["x1"]), 1.0) in marks
+    assert low > 0.8  # the axis of ratios does not begin at 0
     texts = [text.text for text in picture.iter(f"{SVG}text")]
     assert "float32 batch=2" in texts
     assert "float32 batch=8" in texts
+
+
+def test_times_begin_at_zero() -> None:
+    picture = ElementTree.fromstring(dots("t", rows()[:2]))
+    labels = [text for text in picture.iter(f"{SVG}text") if text.attrib["text-anchor"] == "middle"]
+    assert min(float(text.text or "nan") for text in labels) == 0.0
 
 
 def test_a_hang_is_drawn_and_does_not_stretch_the_axis() -> None:

@@ -331,3 +331,26 @@ def test_text_that_looks_like_the_end_token_ends_no_document(tmp_path: Path) -> 
     for tokenizer in ("bytes", made.facts["tokenizer"]):
         found = text(tmp_path / "a.txt", tokenizer=tokenizer, context=8, held_out=0).prepare(tmp_path / "cache")
         assert (token_file(found, "train.bin") == found.facts["end_token"]).sum() == 1
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from shardwise.data.text import text
+from shardwise.errors import DataError
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    text(Path(sys.argv[1]) / "text", tokenizer="bytes", context=8).prepare(Path(sys.argv[1]) / "cache")
+except DataError as error:
+    print(error)
+"""
+
+
+def test_writing_that_stops_half_way_is_explained_and_leaves_nothing(tmp_path: Path) -> None:
+    stories(tmp_path / "text")
+    command = [sys.executable, "-c", FULL, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "disk that holds the data cache is full" in done.stdout
+    assert "XDG_CACHE_HOME" in done.stdout
+    assert not [path for path in (tmp_path / "cache" / "text").iterdir() if path.is_dir()]
+    assert text(tmp_path / "text", tokenizer="bytes", context=8).prepare(tmp_path / "cache").facts["documents"] > 0
