@@ -44,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Lost as lost:
         print(f"bench {parsed.name} could not run: {lost}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"bench {parsed.name} was interrupted; its systems are ended.", file=sys.stderr)
+        return 130
     print(table(rows))
     if parsed.json:
         write(parsed.json, result(parsed.name, about, rows, quick=parsed.quick))

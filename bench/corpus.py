@@ -14,18 +14,19 @@ def write(path: Path, size: int, *, words: int = 50_000, seed: int = 0) -> None:
     """Write `size` bytes of text: blocks of freshly drawn lines while they are few, then the same lines elsewhere."""
     draw = np.random.default_rng(seed)
     known = [b"".join(draw.choice(LETTERS, draw.integers(2, 10))) for _ in range(words)]
-    fresh = [_block(known, draw) for _ in range(min(4, -(-size // BLOCK_BYTES)))]
+    length = min(BLOCK_BYTES, size)
+    fresh = [_block(known, draw, length) for _ in range(min(4, -(-size // length)))]
     written = 0
     with open(path, "wb") as out:
         while written < size:
-            block = fresh[written // BLOCK_BYTES % len(fresh)]
+            block = fresh[written // length % len(fresh)]
             turn = block.index(b"\n", int(draw.integers(0, len(block) // 2))) + 1
             written += out.write((block[turn:] + block[:turn])[: size - written])
 
 
-def _block(known: list[bytes], draw: np.random.Generator) -> bytes:
-    """About BLOCK_BYTES of lines of 12 words."""
-    count = BLOCK_BYTES // 6
+def _block(known: list[bytes], draw: np.random.Generator, length: int) -> bytes:
+    """`length` bytes of lines of 12 words."""
+    count = length // 3
     picked = ((draw.zipf(1.2, count) - 1) % len(known)).tolist()
     lines = [b" ".join(known[word] for word in picked[at : at + 12]) for at in range(0, count, 12)]
-    return b"\n".join(lines)[: BLOCK_BYTES - 1] + b"\n"
+    return b"\n".join(lines)[: length - 1] + b"\n"

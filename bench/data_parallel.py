@@ -7,6 +7,7 @@ import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from bench import machine
 from bench.case import Case
@@ -33,6 +34,16 @@ class Player:
     losses: list[float] = field(default_factory=list)
     checksum: float | None = None
     note: str | None = None
+
+    def start(self) -> None:
+        """Start it and do the steps before the first round; a failure is noted."""
+        try:
+            self.subject.start(START_S)
+            self.turn(WARM_UP - 1, START_S)
+        except Lost as lost:
+            say(f"  {self.subject.name}: {lost}")
+            self.note = f"before the first round: {lost}"
+            self.subject.close(grace_s=0)
 
     def turn(self, steps: int, deadline_s: float) -> float:
         """Run one step to warm up and then `steps` timed ones; seconds a step of the slowest rank. Raises Lost.
@@ -103,7 +114,9 @@ def run_case(case: Case, names: Sequence[str], options: Options, peers: Mapping[
         try:
             for name in names:
                 if peers[name].installed():
-                    players[name] = _start(name, peers[name], case)
+                    say(f"  starting {name}")
+                    players[name] = Player(subject(name, peers[name], replace(case, exact=peers[name].exact)))
+                    players[name].start()
             ready = [name for name in players if players[name].note is None]
             outcomes = play(ready, rounds, lambda name: players[name].turn(steps, STEP_S * (1 + steps)))
             for player in players.values():
@@ -113,19 +126,6 @@ def run_case(case: Case, names: Sequence[str], options: Options, peers: Mapping[
     for name, player in players.items():
         outcomes.setdefault(name, Outcome([math.inf] * rounds, player.note))
     return _rows(case, names, peers, players, outcomes)
-
-
-def _start(name: str, peer: Peer, case: Case) -> Player:
-    say(f"  starting {name}")
-    player = Player(subject(name, peer, replace(case, exact=peer.exact)))
-    try:
-        player.subject.start(START_S)
-        player.turn(WARM_UP - 1, START_S)
-    except Lost as lost:
-        say(f"  {name}: {lost}")
-        player.note = f"before the first round: {lost}"
-        player.subject.close(grace_s=0)
-    return player
 
 
 def _rows(
@@ -142,7 +142,9 @@ def _rows(
         if name not in players:
             rows.append(missing(title, name, "step_time", "s", "lower", peers[name].install))
             continue
-        more = agreement(players[name].losses, players[compared].losses, case.precision) if compared else {}
+        more: dict[str, Any] = {}
+        if compared and players[name].losses:
+            more = agreement(players[name].losses, players[compared].losses, case.precision)
         notes = [outcomes[name].note or players[name].note, None if more.get("agrees", True) else "losses differ"]
         rows.append(
             row(
@@ -168,7 +170,7 @@ def _rows(
     return rows
 
 
-def agreement(losses: Sequence[float], others: Sequence[float], precision: str) -> dict[str, object]:
+def agreement(losses: Sequence[float], others: Sequence[float], precision: str) -> dict[str, Any]:
     """The largest difference between two loss curves, step by step, and whether it is within the tolerance."""
     both = min(len(losses), len(others))
     if not both:

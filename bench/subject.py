@@ -22,6 +22,7 @@ class Subject:
         self.ranks = ranks
         self.facts: Message = {}
         self.lines: list[Line] = []
+        self._told = False
         self.launched = Launched(command, env=env, folder=folder)
 
     def start(self, deadline_s: float) -> None:
@@ -45,6 +46,7 @@ class Subject:
     def dismiss(self) -> None:
         """Tell the ranks to stop, without waiting for it."""
         self.launched.thaw()
+        self._told = self._told or bool(self.lines)
         for line in self.lines:
             try:
                 line.send({"do": "stop"})
@@ -55,9 +57,12 @@ class Subject:
         self.lines = []
 
     def close(self, grace_s: float = 15.0) -> None:
-        """Tell the ranks to stop, give the launcher `grace_s` to end by itself, then kill whatever is left."""
+        """Tell the ranks to stop, give the launcher `grace_s` to end by itself, then kill whatever is left.
+
+        Ranks that never connected cannot be told: they get no time.
+        """
         self.dismiss()
-        self.launched.close(grace_s)
+        self.launched.close(grace_s if self._told else 0.0)
 
     def _accept(self, door: socket.socket, deadline_s: float) -> None:
         found: dict[int, Line] = {}

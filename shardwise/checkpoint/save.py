@@ -186,7 +186,7 @@ class _Attempt:
         try:
             record = msgspec.json.decode(self.store.read(self.pending, record_name(rank)), type=RankRecord)
         except (FileNotFoundError, msgspec.DecodeError):  # on a full disk it may be there and empty
-            record = RankRecord(failure=f"rank {rank} left no record; its log has the reason.")
+            record = RankRecord(failure=f"rank {rank} left no record; its log has the reason, most often a full disk.")
         if record.failure:
             raise CheckpointError(f"rank {rank}: {record.failure}" if rank else record.failure)
         return record

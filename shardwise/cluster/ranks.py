@@ -89,7 +89,7 @@ class RankExits(list[RankExit]):
         kind = getattr(errors, found.error.kind, None) if found.error else None
         if found.error and isinstance(kind, type) and issubclass(kind, ShardwiseError):
             return kind(found.error.message)
-        others = ", ".join(str(end.rank) for end in self if end is not found)
+        others = ", ".join(map(str, sorted(end.rank for end in self if end is not found)))
         rest = f" Ranks {others} were ended after it." if others else ""
         return ClusterError(f"{found.describe()}.{rest} Its log is {found.log}; the end of it:\n{_tail(found.log)}")
 

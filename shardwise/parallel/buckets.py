@@ -28,11 +28,16 @@ class Buffer:
 class Bucket:
     """Parameters of one dtype whose gradients are reduced together; `tail` further elements carry statistics.
 
+    `members` are the parameters' numbers in the reducer.
+
     In exact mode a bucket also holds the finished nodes of the tree over shards, each in a buffer of its own.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], tail: int = 0, like: Tensor | None = None) -> None:
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], members: Sequence[int], tail: int, like: Tensor | None = None
+    ) -> None:
         self.parameters = list(parameters)
+        self.members = list(members)
         self._offsets: list[int] = []
         self._body = 0
         for parameter in self.parameters:
@@ -52,15 +57,8 @@ class Bucket:
         flat = torch.zeros(self._body + self._tail, dtype=self._like.dtype, device=self._like.device)
         return Buffer(self.parameters, self._offsets, self._body, flat)
 
-    def zero_unused(self) -> None:
-        """A parameter without a gradient counts as zero."""
-        for parameter, view in zip(self.parameters, self.current.views, strict=True):
-            if parameter.grad is None:
-                view.zero_()
-
     def close_leaf(self, node: Node, total: int) -> None:
         """What the current buffer holds becomes a node of the tree and is merged with its siblings."""
-        self.zero_unused()
         push(self.nodes, node, self.current, total, self._merge)
 
     def open_leaf(self) -> None:

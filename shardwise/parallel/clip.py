@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from shardwise.errors import NonFiniteLoss
 from shardwise.parallel.statistics import Totals
@@ -46,3 +50,12 @@ def non_finite(fault: str) -> NonFiniteLoss:
 def _slots(unit: str, bad: list[int]) -> str:
     shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
     return f"{unit} {shown}"
+
+
+def norm_of(tensors: Sequence[Tensor]) -> float:
+    """The 2-norm over all elements: each tensor's in float32 (float64 where it is), together in float64."""
+    if not tensors:
+        return 0.0
+    kinds = [torch.float64 if t.dtype == torch.float64 else torch.float32 for t in tensors]
+    parts = [torch.linalg.vector_norm(t, dtype=kind).double() for t, kind in zip(tensors, kinds, strict=True)]
+    return math.sqrt(sum(part * part for part in torch.stack(parts).tolist()))

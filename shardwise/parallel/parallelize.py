@@ -14,11 +14,13 @@ from torch import nn
 from shardwise.comm.collectives import broadcast_all, largest
 from shardwise.comm.mesh import Mesh
 from shardwise.errors import JobError, SpecError
+from shardwise.parallel.allocator import keep_freed_memory
+from shardwise.parallel.alone import Alone
 from shardwise.parallel.batchnorm import BatchNormSync, batch_norms
 from shardwise.parallel.coupling import UNKNOWN, agree
 from shardwise.parallel.exact import ShardBuffers
 from shardwise.parallel.precision import Formats, LossScaler
-from shardwise.parallel.reducer import Alone, Reducer
+from shardwise.parallel.reducer import Reducer
 from shardwise.plan.support import refuse_unbuilt
 from shardwise.spec.plan import Plan
 
@@ -202,6 +204,8 @@ def parallelize(
             f"exact=True cannot synchronise batch norms ({', '.join(list(norms)[:3])}): their sums over ranks are in "
             "no fixed order. Use batch_norm='local', or a norm over features such as GroupNorm."
         )
+    if mesh.device.type == "cpu":
+        keep_freed_memory()
     module.to(mesh.device)
     if plan.precision == "float64":
         module.to(torch.float64)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -18,6 +17,7 @@ from shardwise.comm.tree import Node, nodes, span
 from shardwise.errors import JobError
 from shardwise.parallel import statistics
 from shardwise.parallel.buckets import Bucket
+from shardwise.parallel.clip import norm_of
 from shardwise.parallel.cuts import cut
 from shardwise.parallel.statistics import COLUMNS, Totals
 
@@ -55,6 +55,9 @@ class Reducer:
         self._reports: dict[int, Tensor] = {}
         self._leaf: Node | None = None
         self._next = 0
+        self._held: list[Tensor | None] = []
+        self._begun = False
+        self._moving = True
         self._sending = True
         self._mean = True  # a loop of the user's own sends averages before anybody called `begin`
         self._build()
@@ -71,21 +74,15 @@ class Reducer:
 
     def begin_micro(self, *, shard: int | None = None, last: bool) -> None:
         """Start one microbatch: the `last` one sends; in exact mode it computes logical shard `shard`."""
-        self._sending = last
-        if self._shards is None:
-            return
-        assert shard is not None, "exact mode needs the shard of every microbatch"
-        leaf, here = self._leaf, Node(shard, shard + 1)
-        if leaf is not None and leaf == Node(shard - 1, shard) and shard % 2 == 1:
-            self._leaf = Node(shard - 1, shard + 1)  # autograd adds the second leaf to the first in place
-            return
-        if leaf is not None:
-            for bucket in self._buckets:
-                bucket.close_leaf(leaf, self._shards)
-                bucket.open_leaf()
-            for parameter in self._parameters:
-                parameter.grad = None
-        self._leaf = here
+        self._sending = self._moving = last
+        if self._shards is not None:
+            assert shard is not None, "exact mode needs the shard of every microbatch"
+            self._moving = last or shard % 2 == 1 or shard + 1 == self._mine.stop
+            self._open_leaf(shard)
+        if self._moving and self._begun:  # the hook adds what is held and what comes, straight into the bucket
+            self._held = [parameter.grad for parameter in self._parameters]
+            self.clear()
+        self._begun = True
 
     def report(self, slot: int, loss_sum: Tensor, weight: Tensor) -> None:
         """Add a microbatch's loss sum and weight (0-dim) to what this rank sends; `slot` is the rank or the shard."""
@@ -115,11 +112,12 @@ class Reducer:
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
         """Backward passes in this block only accumulate."""
-        before, self._sending = self._sending, False
+        before = self._sending, self._moving
+        self._sending = self._moving = False
         try:
             yield
         finally:
-            self._sending = before
+            self._sending, self._moving = before
 
     # What the step does with the sums.
 
@@ -173,13 +171,13 @@ class Reducer:
         self._place = [None] * len(trainable)  # type: ignore[list-item]
         for number, members in enumerate(groups):
             carries = number == len(groups) - 1 and ordered[members[0]].dtype in (torch.float32, torch.float64)
-            bucket = Bucket([ordered[m] for m in members], tail if carries else 0)
+            bucket = Bucket([ordered[m] for m in members], [order[m] for m in members], tail if carries else 0)
             self._buckets.append(bucket)
             for position, member in enumerate(members):
                 self._place[order[member]] = (bucket, position)
         if not groups or self._buckets[-1].current.tail.numel() == 0:
             device = self._parameters[0].device if self._parameters else torch.device("cpu")
-            self._buckets.append(Bucket([], tail, torch.empty(0, device=device)))
+            self._buckets.append(Bucket([], [], tail, torch.empty(0, device=device)))
         self._hooks = [
             p.register_post_accumulate_grad_hook(functools.partial(self._arrived, i))
             for i, p in enumerate(self._parameters)
@@ -188,22 +186,24 @@ class Reducer:
 
     def _reset(self) -> None:
         self._used = [0] * len(self._parameters)
+        self._held = [None] * len(self._parameters)
         self._reports = {}
         self._leaf = None
         self._next = 0
+        self._begun = False
+        self._moving = True
         self._sending = True
         for bucket in self._buckets:
             bucket.reset()
 
     def _arrived(self, index: int, parameter: nn.Parameter) -> None:
         """A gradient is complete: move it into its bucket, and send the bucket when it was the last one."""
-        bucket, position = self._place[index]
-        view = bucket.current.views[position]
-        grad = parameter.grad
-        if grad is not view:
-            self._move(index, grad, view)
-            parameter.grad = view
         self._used[index] += 1
+        if not self._moving:
+            return
+        bucket, position = self._place[index]
+        if parameter.grad is not bucket.current.views[position]:
+            self._move(index, bucket.current.views[position])
         if not self._sending:
             return
         if self._arrivals is not None:
@@ -218,14 +218,44 @@ class Reducer:
                 "use use_reentrant=False."
             )
 
-    def _move(self, index: int, grad: Tensor | None, view: Tensor) -> None:
-        assert grad is not None
-        if grad.layout != torch.strided:
+    def _move(self, index: int, view: Tensor) -> None:
+        """A parameter's gradient becomes `view`: what came, what was held, the sum of both, or zero."""
+        parameter, held = self._parameters[index], self._held[index]
+        grad = parameter.grad
+        if grad is None:
+            view.zero_() if held is None else view.copy_(held)
+        elif grad.layout != torch.strided:
             raise JobError(
                 f"the gradient of '{self._names[index]}' is sparse, which replicas cannot sum. "
                 "Build its Embedding with sparse=False."
             )
-        view.copy_(grad)
+        elif held is None:
+            view.copy_(grad)
+        else:
+            torch.add(held, grad, out=view)
+        parameter.grad = view
+        self._held[index] = None
+
+    def _complete(self, bucket: Bucket) -> None:
+        """What the last microbatch did not use has not been moved yet; what none used counts as zero."""
+        for index, view in zip(bucket.members, bucket.current.views, strict=True):
+            if self._parameters[index].grad is not view:
+                self._move(index, view)
+
+    def _open_leaf(self, shard: int) -> None:
+        """The gradients of `shard` go where those of its left sibling are, or else to a new leaf of the tree."""
+        assert self._shards is not None
+        if self._leaf == Node(shard - 1, shard) and shard % 2 == 1:
+            self._leaf = Node(shard - 1, shard + 1)
+            return
+        if self._leaf is not None:
+            for bucket in self._buckets:
+                self._complete(bucket)
+                bucket.close_leaf(self._leaf, self._shards)
+                bucket.open_leaf()
+            self.clear()
+            self._begun = False
+        self._leaf = Node(shard, shard + 1)
 
     def _advance(self) -> None:
         while self._next < len(self._buckets) and self._buckets[self._next].missing <= 0:
@@ -234,10 +264,9 @@ class Reducer:
             self._send(bucket, last=self._next == len(self._buckets))
 
     def _send(self, bucket: Bucket, *, last: bool) -> None:
+        self._complete(bucket)
         if self._shards is not None:
             self._close_tree(bucket)
-        else:
-            bucket.zero_unused()
         whole = bucket.nodes[0][1] if bucket.nodes else bucket.current
         if last:
             for _, buffer in bucket.nodes[1:]:
@@ -300,57 +329,3 @@ class Reducer:
                 parameter.grad = bucket.current.views[position].copy_(grad)
             else:
                 bucket.current.views[position].zero_()
-
-
-class Alone:
-    """The same interface for one rank without exact sums: gradients stay where autograd puts them."""
-
-    def __init__(self, named: Callable[[], Named]) -> None:
-        self._named = named
-        self._parameters: list[nn.Parameter] = []
-        self._reports: list[Tensor] = []
-
-    def begin(self) -> None:
-        self._parameters = [p for _, p in self._named()]
-        self.clear()
-        self._reports = []
-
-    def begin_micro(self, *, shard: int | None = None, last: bool) -> None:
-        return None
-
-    def report(self, slot: int, loss_sum: Tensor, weight: Tensor) -> None:
-        self._reports.append(statistics.pair(loss_sum, weight))
-
-    def finish(self, *, mean: bool = False) -> tuple[Totals, float]:
-        pair = torch.stack(self._reports).sum(0).tolist() if self._reports else [0.0, 0.0]
-        return statistics.total([(pair[0], pair[1])], tree=False), 0.0
-
-    @contextlib.contextmanager
-    def no_sync(self) -> Iterator[None]:
-        yield
-
-    def norm(self) -> float:
-        return norm_of(self._grads())
-
-    def scale(self, factor: float) -> None:
-        if grads := self._grads():
-            torch._foreach_mul_(grads, factor)
-
-    def clear(self) -> None:
-        for parameter in self._parameters:
-            parameter.grad = None
-
-    def close(self) -> None:
-        return None
-
-    def _grads(self) -> list[Tensor]:
-        return [p.grad for p in self._parameters if p.grad is not None]
-
-
-def norm_of(tensors: Sequence[Tensor]) -> float:
-    """The 2-norm over all elements: each tensor's in float32 (float64 where it is), together in float64."""
-    if not tensors:
-        return 0.0
-    kinds = [torch.float64 if t.dtype == torch.float64 else torch.float32 for t in tensors]
-    parts = [torch.linalg.vector_norm(t, dtype=kind).double() for t, kind in zip(tensors, kinds, strict=True)]
-    return math.sqrt(sum(part * part for part in torch.stack(parts).tolist()))

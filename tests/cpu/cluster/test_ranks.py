@@ -65,7 +65,7 @@ def test_a_single_rank_gets_no_socket(starter: Starter, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("how", "status", "kind", "says"),
     [
-        ("raise", 1, ClusterError, r"rank 1 \(pid \d+\) failed with ZeroDivisionError.*Ranks 0.*were ended after it"),
+        ("raise", 1, ClusterError, r"rank 1 \(pid \d+\) failed with ZeroDivisionError.*Ranks 0, 2 were ended after it"),
         ("error", 4, DataError, r"^the folder is empty\. Put files in it\.$"),
         ("sigkill", -9, ClusterError, r"rank 1 .* was ended by SIGKILL, perhaps for lack of memory"),
         ("sigsegv", -11, ClusterError, r"rank 1 .* was ended by SIGSEGV"),
