@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -41,11 +42,16 @@ class JsonLines:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the sink
+        try:
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the sink
+        except OSError as error:
+            raise RunError(f"cannot open {self.path}: {error.strerror}. Check the run folder's permissions.") from None
 
     def __call__(self, event: Event) -> None:
         try:
-            self._file.write((json.dumps(event, default=str) + "\n").encode())
+            line = (json.dumps(event, default=str) + "\n").encode()
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise RunError(f"cannot write {self.path}: {error.strerror}. Free some space and resume the run.") from None
 

@@ -2,33 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
-from shardwise.errors import SpecError
-
-_SCALE = {
-    "": 1,
-    "b": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "tb": 10**12,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
-}
-
-
-def parse_bytes(text: str | int) -> int:
-    """`"25MB"`, `"16 GiB"` or a plain number of bytes -> bytes. Raises SpecError on anything else."""
-    if isinstance(text, int):
-        return text
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].lower() not in _SCALE:
-        raise SpecError(f"'{text}' is not a size in bytes. Write a number with a unit, such as 25MB or 16GiB.")
-    return int(float(match[1]) * _SCALE[match[2].lower()])
-
 
 def format_bytes(num_bytes: float) -> str:
     """1536 -> `1.5 KiB`."""

@@ -74,8 +74,8 @@ def main() -> None:
     parser.add_argument("values", nargs="*", metavar="NAME=VALUE", help="another size")
     parser.add_argument("--into", type=Path, metavar="DIR", help="keep the page's pictures here")
     told = parser.parse_args()
-    named = sorted(HERE.glob(f"{told.page}_*.md")) or [Path(told.page).resolve()]
-    page, into = named[0], told.into.resolve() if told.into else None
+    numbered = sorted(HERE.glob(f"{told.page}_*.md")) if told.page.isdigit() else []
+    page, into = [*numbered, Path(told.page).resolve()][0], told.into.resolve() if told.into else None
     if not page.is_file():
         sys.exit(f"{told.page}: there is no such page in {HERE}.")
     found = with_values(blocks(page), told.values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -124,9 +125,10 @@ def _record(path: str | None, error: BaseException, exit_code: int) -> None:
         return
     report = {"kind": type(error).__name__, "message": str(error), "exit_code": exit_code}
     part = f"{path}.{os.getpid()}"
-    with open(part, "w", encoding="utf-8") as out:
-        json.dump(report, out)
-    os.replace(part, path)
+    with contextlib.suppress(OSError):  # a full disk must not change the exit status
+        with open(part, "w", encoding="utf-8") as out:
+            json.dump(report, out)
+        os.replace(part, path)
 
 
 def _print_traceback() -> None:

@@ -24,6 +24,36 @@ class Tag(NamedTuple):
     op: str
 
 
+class _Ordered:
+    """In the place of the work that nccl does not return for an operation already in order on the current stream."""
+
+    def __init__(self, tensors: Any) -> None:
+        self._tensors = tensors
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+    def is_success(self) -> bool:
+        return True
+
+    def exception(self) -> None:
+        return None
+
+    def get_future(self) -> torch.futures.Future[Any]:
+        future: torch.futures.Future[Any] = torch.futures.Future()
+        future.set_result(self._tensors)
+        return future
+
+    def result(self) -> Any:
+        return self._tensors
+
+    def _source_rank(self) -> int:
+        return -1
+
+
 class GuardedWork(dist.Work):
     """What `Group` returns for an operation: waits at most the group's limit and raises CommError, never hangs.
 
@@ -35,7 +65,7 @@ class GuardedWork(dist.Work):
         super().__init__()
         self._group = group
         self._tag = tag
-        self._inner = inner
+        self._inner = inner if inner is not None else _Ordered(tensors)
         self._tensors = tensors
         self._on_stream = on_stream
 

@@ -29,6 +29,8 @@ class ShardBuffers:
     def begin(self) -> None:
         self._before = [b.clone() for b in self._tracked]
         self._kept = None
+        if self._versions:
+            self._versions = self._untracked()  # evaluating and saving between steps writes to all of them
 
     def before_forward(self) -> None:
         self._set(self._before)

@@ -75,6 +75,8 @@ def step(
     scaler = scaler or replica.scaler
     if not replica.module.training:
         replica.module.train()
+    buffers = list(replica.module.buffers()) if on_nan == "skip" else []
+    before = [buffer.clone() for buffer in buffers]  # a batch that is skipped must leave no trace in running statistics
     try:
         totals, waited = _gradients(replica, micro, loss, forward, scaler)
         raw_norm = replica.reducer.norm()
@@ -88,6 +90,9 @@ def step(
             unit="shard" if replica.shards else "rank",
         )
         skipped = _skips(verdict, totals, on_nan, scaler)
+        if skipped:
+            for buffer, kept in zip(buffers, before, strict=True):
+                buffer.copy_(kept)
         if not skipped:
             if verdict.factor != 1.0:
                 replica.reducer.scale(verdict.factor)

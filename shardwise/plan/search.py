@@ -9,7 +9,7 @@ from msgspec import structs
 from shardwise.errors import NoPlanFits
 from shardwise.plan.cost import time_parts
 from shardwise.plan.memory import memory_parts
-from shardwise.plan.support import refuse_misfit, refuse_unbuilt
+from shardwise.plan.support import refuse_misfit, refuse_places, refuse_unbuilt
 from shardwise.spec.cluster import Cluster
 from shardwise.spec.job import JobFacts
 from shardwise.spec.plan import Plan, Prediction, build_plan
@@ -17,9 +17,17 @@ from shardwise.spec.profile import ModelProfile
 from shardwise.units import format_bytes
 
 
-def search(profile: ModelProfile, cluster: Cluster, job: JobFacts, fixed: dict[str, Any] | None = None) -> Plan:
+def search(
+    profile: ModelProfile,
+    cluster: Cluster,
+    job: JobFacts,
+    fixed: dict[str, Any] | None = None,
+    *,
+    started: int | None = None,
+) -> Plan:
     """One replica a device, and as few microbatches as fit in memory; `fixed` holds the fields that the user chose.
 
+    `started` is the number of ranks where a foreign launcher has started them, wherever they are.
     Raises SpecError for a field that cannot run, NoPlanFits when no number of microbatches fits.
     """
     fixed = dict(fixed or {})
@@ -27,7 +35,13 @@ def search(profile: ModelProfile, cluster: Cluster, job: JobFacts, fixed: dict[s
     refuse_unbuilt(plan)
     if "data" not in fixed:
         plan = structs.replace(plan, data=min(len(cluster.devices), job.global_batch))
-    refuse_misfit(plan, cluster, job)
+    if started is None:
+        refuse_places(plan, cluster)
+    elif started != plan.ranks:
+        raise NoPlanFits(
+            f"the plan {plan} has {plan.ranks} ranks, but {started} were started. Start {plan.ranks} ranks."
+        )
+    refuse_misfit(plan, job)
     room = min(device.memory_bytes for device in cluster.devices)
     largest = max(1, job.global_batch // plan.data)
     while True:

@@ -27,8 +27,8 @@ def refuse_unbuilt(plan: Plan) -> None:
         raise _unbuilt("splits, stages or virtual", "leave them out")
 
 
-def refuse_misfit(plan: Plan, cluster: Cluster, job: JobFacts) -> None:
-    """Raise NoPlanFits when `plan` has more ranks than the cluster has places, SpecError when it breaks `allow`."""
+def refuse_places(plan: Plan, cluster: Cluster) -> None:
+    """Raise NoPlanFits when `plan` has more ranks than the cluster has places for."""
     places = sum(max(len(node.devices), node.cores if _on_cpu(node.devices) else 0) for node in cluster.nodes)
     if plan.ranks > places:
         kind = cluster.devices[0].kind
@@ -36,6 +36,10 @@ def refuse_misfit(plan: Plan, cluster: Cluster, job: JobFacts) -> None:
             f"the plan {plan} asks for {plan.ranks} ranks, but this cluster has places for {places} ({kind}): "
             f"more ranks than that would only wait for each other. Use data={places}, or a cluster with more devices."
         )
+
+
+def refuse_misfit(plan: Plan, job: JobFacts) -> None:
+    """Raise NoPlanFits when `plan` has more ranks than the job has samples, SpecError when it breaks `allow`."""
     if plan.ranks > job.global_batch:
         raise NoPlanFits(
             f"the plan {plan} asks for {plan.ranks} ranks, but global_batch={job.global_batch} has fewer "

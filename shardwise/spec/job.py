@@ -86,7 +86,7 @@ class TrainJob(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     forward: Callable[[Any, Any], Any] | None = None
     metrics: Mapping[str, Callable[[Any, Any], tuple[Any, Any]]] = field(default_factory=dict)
     eval_every: int = 0
-    save_every: int = 0
+    save_every: int = 100
     keep_last: int = 2
     early_stop: EarlyStop | None = None
     clip_norm: float | None = None

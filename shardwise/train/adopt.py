@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
 from shardwise.comm.mesh import Mesh
 from shardwise.data.order import rank_slice
-from shardwise.errors import JobError
+from shardwise.errors import JobError, SpecError
 from shardwise.parallel.parallelize import parallelize
 from shardwise.train.context import agree
 
@@ -27,6 +28,12 @@ class Adopted:
     """
 
     def __init__(self, module: nn.Module, mesh: Mesh) -> None:
+        plan = mesh.plan
+        if plan.exact or plan.microbatches > 1 or plan.precision != "float32":
+            raise SpecError(
+                f"run.prepare leaves the loop to the script, so it cannot obey exact, microbatches or precision of the "
+                f"plan {plan}. Start the script with --plan data={plan.data}, or use sw.session(model=...) for them."
+            )
         self.mesh = mesh
         self.share = 1.0
         self.replica = parallelize(module, mesh.plan, mesh)
@@ -128,12 +135,16 @@ class _Cut(torch.utils.data.Sampler[list[int]]):
 def _same_order(loader: DataLoader[Any], mesh: Mesh) -> Iterator[list[int]]:
     """The loader's own batches, in rank 0's order on every rank, and in the order of one process with its seed."""
     sampler: Any = loader.sampler
-    seeded = not isinstance(sampler, RandomSampler) or sampler.generator is not None
-    if not seeded:
+    batches: Any = loader.batch_sampler
+    if isinstance(sampler, RandomSampler) and sampler.generator is None:
         drawn = int(torch.empty((), dtype=torch.int64).random_().item())
         sampler.generator = torch.Generator().manual_seed(int(agree(mesh, str(drawn))))
-    try:
-        yield from loader.batch_sampler  # type: ignore[misc]
-    finally:
-        if not seeded:
+        try:
+            yield from batches
+        finally:
             sampler.generator = None
+    elif isinstance(sampler, RandomSampler | SequentialSampler) and type(batches) is BatchSampler:
+        yield from batches
+    else:  # any other sampler may draw from the rank's own generator: rank 0 says what it drew
+        for batch in batches:
+            yield json.loads(agree(mesh, json.dumps([int(index) for index in batch])))

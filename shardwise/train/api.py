@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
 import time
@@ -16,11 +17,12 @@ from shardwise import events
 from shardwise.cluster.discover import discover
 from shardwise.cluster.process import Starter
 from shardwise.cluster.ranks import RankExits, run_ranks
-from shardwise.errors import ClusterError, JobError, ShardwiseError, SpecError
+from shardwise.errors import ClusterError, JobError, RunError, ShardwiseError, SpecError
 from shardwise.observe import runs as known_runs
 from shardwise.observe import summary as summaries
 from shardwise.plan.explain import explain
 from shardwise.plan.search import search
+from shardwise.plan.support import refuse_places, refuse_unbuilt
 from shardwise.spec import files
 from shardwise.spec.cluster import Cluster
 from shardwise.spec.job import JobFacts
@@ -100,11 +102,15 @@ def train(
     if on not in ("local", "env"):
         raise SpecError(f"--on {on} is not a place to run on; use local, or env under torchrun, Slurm or MPI.")
     source = _source(job) if not isinstance(job, str | Path) else capture.find_job(str(job))
+    if source is None and (resume or sets or parameters):
+        raise SpecError(
+            f"{job} is a script without a job function: it takes no --resume and no --set. Write a job for it."
+        )
     if on == "env":
         return _train_here(job, sets, parameters, plan, resume, runs, name)
     with closing(start.take()) as starter:
         if source is None:
-            return _run_script(starter, Path(str(job)), args, plan, Path(runs), display)
+            return _run_script(starter, Path(str(job)), args, plan, Path(runs), display, name)
         folder, steps = prepare_run(starter, source, _sets(sets, parameters), plan, resume, Path(runs), name)
         return _launch(starter, folder, {}, display=display, steps=steps, resumed=resume is not None)
 
@@ -154,11 +160,15 @@ def prepare_run(
     resume: str | None,
     root: Path,
     name: str | None,
+    ranks: int | None = None,
 ) -> tuple[RunFolder, int]:
-    """Look at the job, choose its plan, and open its run folder (or the old one to resume); (folder, steps)."""
+    """Look at the job, choose its plan, and open its run folder (or the old one to resume); (folder, steps).
+
+    `ranks` is their number where somebody else has started them already.
+    """
     old = _folder(resume, root) if resume else None
-    if old is not None and not sets:
-        sets = old.record().parameters
+    if old is not None:
+        sets = {**old.record().parameters, **sets}
     found = _look(starter, source, sets)
     if old is not None:
         old.refuse_changed_job(found.sources, found.parameters)
@@ -166,12 +176,21 @@ def prepare_run(
     fixed = parse_plan(plan_text or "")
     if old is not None:  # what decides the numbers stays as it was, on whatever number of ranks
         before = files.load(old.path / "plan.json", Plan)
-        fixed = {"exact": before.exact, "precision": before.precision, **fixed}
-    chosen = search(found.profile, machines, found.facts, fixed)
+        kept = {"exact": before.exact, "precision": before.precision, "microbatches": before.microbatches}
+        fixed = {**kept, **fixed}
+    if ranks is not None:
+        fixed = {"data": ranks, **fixed}
+    chosen = search(found.profile, machines, found.facts, fixed, started=ranks)
     folder = old or RunFolder.create(root, name=name or source.function.replace("job", Path(source.path).stem))
-    if old is None:
-        folder.write_job(source, found.parameters, found.sources)
-    folder.write_plan(chosen, machines, found.profile)
+    try:
+        if old is None:
+            folder.write_job(source, found.parameters, found.sources)
+        folder.write_plan(chosen, machines, found.profile)
+        folder.publish()
+    except RunError:
+        if old is None:
+            shutil.rmtree(folder.path, ignore_errors=True)
+        raise
     with _recording(folder):
         job_name = f"{source.path}:{source.function}"
         events.emit(
@@ -184,6 +203,8 @@ def prepare_run(
             predicted=msgspec.to_builtins(chosen.predicted),
         )
         events.emit("data_ready", facts=found.data, seconds=found.seconds)
+        if old is not None and not any(folder.checkpoints.glob("step-*/manifest.json")):
+            events.emit("warning", message=f"{folder.path.name} has no checkpoint yet, so it begins again at step 0.")
     return folder, found.facts.steps
 
 
@@ -229,16 +250,25 @@ def _result(folder: RunFolder, status: str, exits: RankExits, failure: Shardwise
 
 
 def _run_script(
-    starter: Starter, script: Path, args: Sequence[str], plan_text: str | None, root: Path, display: bool
+    starter: Starter,
+    script: Path,
+    args: Sequence[str],
+    plan_text: str | None,
+    root: Path,
+    display: bool,
+    name: str | None,
 ) -> RunResult:
     """Every rank runs the user's script, which opens a session of its own."""
     machines = discover(starter=starter)
     fixed = {"data": len(machines.devices), **(parse_plan(plan_text) if plan_text else {})}
     chosen = build_plan(fixed)
-    folder = RunFolder.create(root, name=script.stem)
+    refuse_unbuilt(chosen)
+    refuse_places(chosen, machines)
+    folder = RunFolder.create(root, name=name or script.stem)
     source = capture.JobSource(folder=str(script.resolve().parent), path=script.name, function="")
     folder.write_job(source, {"args": list(args)}, {script.name: script.read_text(encoding="utf-8")})
     folder.write_plan(chosen, machines, None)
+    folder.publish()
     with _recording(folder):
         events.emit("run_started", run=folder.path.name, job=script.name, ranks=chosen.ranks, plan=str(chosen))
     more = {"script": [str(script.resolve()), *args]}
@@ -284,7 +314,7 @@ def _look(starter: Starter | None, source: capture.JobSource, sets: Mapping[str,
             raise KeyboardInterrupt
         if failure is not None:
             raise failure
-        sys.stdout.write(log)
+        sys.stdout.write(log)  # what the job file prints
         return files.load(out, Probe)
 
 

@@ -7,10 +7,9 @@ import hashlib
 import importlib.util
 import inspect
 import sys
-import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import msgspec
@@ -19,6 +18,7 @@ from shardwise.errors import JobError, did_you_mean
 from shardwise.spec.job import TrainJob
 
 LARGEST_SOURCE = 1_000_000  # bytes of one file; more is not source
+MODULE = "shardwise_job"  # what the job's file is called in `sys.modules`, where its own name may be taken
 
 
 class JobSource(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,16 +64,20 @@ def find_job(where: str) -> JobSource | None:
     return JobSource(folder=str(path.resolve().parent), path=path.name, function=function)
 
 
-def load_function(source: JobSource) -> Callable[..., TrainJob]:
-    """Import the job's file, its folder first on `sys.path`, and return the function. Raises JobError with the line."""
+def load_function(source: JobSource, *, original: str = "") -> Callable[..., TrainJob]:
+    """Import the job's file, its folder first on `sys.path`, and return the function. Raises JobError with the line.
+
+    `original` is where a kept copy came from: its `__file__`, so that it finds what lies beside it.
+    """
     path = Path(source.folder) / source.path
-    if source.folder not in sys.path:
-        sys.path.insert(0, source.folder)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    _forget_others(source)
+    sys.path[:] = [source.folder, *(entry for entry in sys.path if entry != source.folder)]
+    spec = importlib.util.spec_from_file_location(MODULE, path)
     assert spec is not None, path
     assert spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    module.__file__ = original or str(path)
+    sys.modules[MODULE] = module
     from shardwise.parallel.blame import user_code
 
     with user_code(f"the job file {path.name}", folder=source.folder):
@@ -130,20 +134,55 @@ def parse_sets(sets: Sequence[str]) -> dict[str, str]:
 
 
 def local_sources(source: JobSource) -> dict[str, str]:
-    """The text of the job's file and of every module that it imported from its own folder, by relative path."""
+    """The text of the job's file and of every module that it imports from its own folder, by relative path.
+
+    Found by reading the import statements, so that it does not depend on what happened to be imported.
+    """
     folder = Path(source.folder)
-    found = {source.path: (folder / source.path).read_text(encoding="utf-8")}
-    for module in list(sys.modules.values()):
-        file = getattr(module, "__file__", None)
-        if not isinstance(module, types.ModuleType) or not file or not file.endswith(".py"):
+    found: dict[str, str] = {}
+    pending = [Path(source.path)]
+    while pending:
+        name = pending.pop()
+        file = folder / name
+        if str(name) in found or file.stat().st_size > LARGEST_SOURCE:
             continue
-        path = Path(file)
-        inside = path.is_relative_to(folder) and not {"site-packages", "shardwise"} & set(
-            path.relative_to(folder).parts
-        )
-        if inside and path.is_file() and path.stat().st_size <= LARGEST_SOURCE:
-            found[str(path.relative_to(folder))] = path.read_text(encoding="utf-8")
+        found[str(name)] = file.read_text(encoding="utf-8")
+        pending += _imported(found[str(name)], folder, name.parent)
     return found
+
+
+def _imported(text: str, folder: Path, inside: Path) -> list[Path]:
+    """Files of `folder` that a module in its subfolder `inside` imports."""
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:
+        return []  # importing it says what is wrong
+    wanted: list[tuple[Path, str]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            wanted += [(Path(), alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = Path(*inside.parts[: len(inside.parts) - node.level + 1]) if node.level else Path()
+            wanted += [(base, ".".join(filter(None, (node.module, alias.name)))) for alias in node.names]
+    files: list[Path] = []
+    for base, dotted in wanted:
+        parts = dotted.split(".")
+        if parts[0] == "shardwise":
+            continue
+        for depth in range(1, len(parts) + 1):
+            place = base.joinpath(*parts[:depth])
+            files += [f for f in (place.with_suffix(".py"), place / "__init__.py") if (folder / f).is_file()]
+    return files
+
+
+def _forget_others(source: JobSource) -> None:
+    """Modules of the same names that another run's folder gave this process must not stand in for the job's own."""
+    names = {Path(name).parts[0].removesuffix(".py") for name in local_sources(source)}
+    ours = (sys.prefix, sys.base_prefix)
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None) or ""
+        if name.partition(".")[0] in names and file and not file.startswith((*ours, source.folder)):
+            del sys.modules[name]
 
 
 def digest(sources: Mapping[str, str]) -> str:
@@ -155,16 +194,27 @@ def digest(sources: Mapping[str, str]) -> str:
 
 
 def _typed(name: str, value: Any, hint: Any, default: Any) -> Any:
-    if not isinstance(value, str):
+    """`value`, a string of the command line or plain data of a record, as what the parameter is annotated with."""
+    if hint is None and default in (None, inspect.Parameter.empty):
         return value
-    if hint is None:
-        hint = type(default) if default not in (None, inspect.Parameter.empty) else str
-    if value.lower() in ("none", "null"):
-        value = None
+    hint = type(default) if hint is None else hint
+    nullable = default is None or type(None) in typing.get_args(hint)
+    if nullable and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
+        return None
     try:
-        return msgspec.convert(value, hint, strict=False)
-    except (msgspec.ValidationError, TypeError):
+        if isinstance(value, str) and value[:1] in ("[", "{") and hint is not str:
+            value = msgspec.json.decode(value)  # --set sizes=[3,4]
+        return msgspec.convert(value, hint, strict=False, dec_hook=_path)
+    except (msgspec.DecodeError, TypeError, NotImplementedError):
         kind = getattr(hint, "__name__", str(hint))
         raise JobError(
             f"--set {name}={value}: the job's parameter '{name}' is {kind}, and '{value}' is not one."
         ) from None
+
+
+def _path(kind: type, value: Any) -> Any:
+    if isinstance(value, kind):
+        return value
+    if isinstance(kind, type) and issubclass(kind, PurePath):
+        return kind(value)
+    raise NotImplementedError(f"a parameter of type {kind}")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import builtins
+import dis
 import inspect
 import linecache
+import sys
 import tempfile
 import textwrap
 import types
@@ -49,10 +51,9 @@ def _define(name: str, value: Any, space: dict[str, Any], parts: dict[str, str],
         return
     if isinstance(value, types.ModuleType):
         parts[name] = f"import {value.__name__} as {name}"
+    elif _importable(value, space):
+        parts[name] = f"from {value.__module__} import {value.__qualname__} as {name}"
     elif inspect.isfunction(value) or inspect.isclass(value):
-        if value.__module__ != space.get("__name__"):
-            parts[name] = f"from {value.__module__} import {value.__qualname__} as {name}"
-            return
         parts[name] = ""  # a place in the order of names, in case it uses itself
         for used in sorted(_names(value)):
             if used in space and used not in vars(builtins):
@@ -73,6 +74,14 @@ def _text(value: Any, name: str) -> str:
         return _class_text(value) if inspect.isclass(value) else textwrap.dedent(inspect.getsource(value))
     except (OSError, TypeError):
         raise JobError(f"the source of {name} is not known. Put the job into a file and give its path.") from None
+
+
+def _importable(value: Any, space: dict[str, Any]) -> bool:
+    """Whether another process finds this very object in an installed module: functions, classes, builtins."""
+    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
+    if not module or not name.isidentifier() or module == space.get("__name__"):
+        return False
+    return getattr(sys.modules.get(module), name, None) is value
 
 
 def _class_text(value: type) -> str:
@@ -96,7 +105,7 @@ def _names(value: Any) -> set[str]:
     pending = [value.__code__]
     while pending:
         code = pending.pop()
-        found |= set(code.co_names)
+        found |= {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
         pending += [const for const in code.co_consts if isinstance(const, types.CodeType)]
     return found | _head_names(value)
 

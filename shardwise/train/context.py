@@ -24,6 +24,7 @@ class Context(msgspec.Struct, frozen=True):
 
 
 _current: Context | None = None  # a process is one rank for as long as it lives
+_launched = False  # whether a launcher of ours started this process
 
 
 def enter(context: Context) -> None:
@@ -45,9 +46,15 @@ def current(plan: Plan | None = None) -> Context:
     return _current
 
 
+def mark_launched() -> None:
+    """Say that a launcher of ours started this process; before any code of the user runs."""
+    global _launched
+    _launched = True
+
+
 def launched() -> bool:
-    """True in a process that a launcher started as one of its ranks."""
-    return _current is not None
+    """True in a process that a launcher of ours started."""
+    return _launched
 
 
 def device_of(local_rank: int) -> str:

@@ -47,7 +47,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, root: Path, *, name: str) -> RunFolder:
-        """A new, private, empty run folder, and `root/latest` pointing to it. Raises RunError if it cannot be made."""
+        """A new, private, empty run folder. Raises RunError if it cannot be made."""
         stamp = time.strftime("%Y%m%d-%H%M%S")
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -63,13 +63,17 @@ class RunFolder:
             run = cls(path)
             for folder in (run.code, run.logs, run.checkpoints):
                 folder.mkdir()
-            _point(root / "latest", path.name)
         except OSError as error:
             raise RunError(
                 f"cannot write the run folder in {root}: {error.strerror}. "
                 "Free some space, or choose another folder with --runs DIR."
             ) from None
         return run
+
+    def publish(self) -> None:
+        """Let `latest` point to this run, once it is written."""
+        with self.guarded():
+            _point(self.path.parent / "latest", self.path.name)
 
     def write_job(self, source: JobSource, parameters: Mapping[str, Any], sources: Mapping[str, str]) -> None:
         """Keep the job: its sources under `code/`, everything else in `job.json`."""

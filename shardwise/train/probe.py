@@ -31,6 +31,9 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True):
 
 def entry(*, source: dict[str, str], sets: dict[str, Any], out: str, **_: Any) -> None:
     """Load the job, prepare its data, profile its model; write a Probe to `out`. Raises JobError or DataError."""
+    from shardwise.train import context
+
+    context.mark_launched()
     files.save(probe(capture.JobSource(**source), sets), out)
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sized
 
 from shardwise import events
 from shardwise.comm.mesh import Mesh
 from shardwise.data.loader import Batches, LocalStep, eval_batches, open_batches
+from shardwise.data.order import sample_indices
 from shardwise.data.source import Prepared
-from shardwise.errors import NonFiniteLoss
+from shardwise.errors import NonFiniteLoss, SpecError, did_you_mean
+from shardwise.parallel.blame import name_of, user_code
 from shardwise.parallel.parallelize import Replica, parallelize
 from shardwise.parallel.step import StepResult, evaluate, step
 from shardwise.spec.job import TrainJob
@@ -31,11 +34,14 @@ class Trainer:
         self.replica = build_replica(job, plan, mesh)
         self.optimizers = Optimizers(self.replica.module, job)
         self.state = saver.resume(self.replica, self.optimizers)
-        self.batches = self._open()
+        _check_early_stop(job, prepared)
+        self._batches: Batches | None = None
         self._mark = time.perf_counter()
 
-    def _open(self) -> Batches:
-        return open_batches(
+    def batches(self) -> Batches:
+        """This rank's share of every step that is left, from the current one on."""
+        self._close_batches()
+        self._batches = open_batches(
             self.prepared.train,
             global_batch=self.job.global_batch,
             seed=self.job.seed,
@@ -47,12 +53,13 @@ class Trainer:
             microbatches=self.plan.microbatches,
             workers=self.job.workers,
         )
+        return self._batches
 
     def train(self) -> State:
         """All steps that are left. Raises NonFiniteLoss with the step, its samples and the last good checkpoint."""
         events.emit("training", step=self.state.step, steps=self.job.steps)
         self._mark = time.perf_counter()
-        with self.batches as batches:
+        with self.batches() as batches:
             for local in batches:
                 self.step(local)
                 if self._stop_early() or self.state.step >= self.job.steps:
@@ -64,14 +71,16 @@ class Trainer:
         """One optimizer step on this rank's share of a batch, and what the job wants done after it."""
         rate = self.optimizers.schedule(local.step)
         result = self._guarded(local)
-        self.state.step = local.step + 1
+        self.state.step, self.state.loss = local.step + 1, result.loss
         now = time.perf_counter()
         self._report(local, result, rate, now - self._mark)
         for callback in self.job.callbacks:
-            callback(self.state, result)
-        if self.job.eval_every and self.state.step % self.job.eval_every == 0:
-            self.evaluate()
-        if self.job.save_every and self.state.step % self.job.save_every == 0:
+            with user_code(f"the callback {name_of(callback)}"):
+                callback(self.state, result)
+        due = bool(self.job.save_every and self.state.step % self.job.save_every == 0)
+        if self.job.eval_every and self.state.step % self.job.eval_every == 0 and self.evaluate():
+            due = due or self.state.best_step(self.job) == self.state.step  # the best must not be lost
+        if due:
             self.save()
         self._mark = time.perf_counter()  # evaluating and saving are no part of the next step
         return result
@@ -94,20 +103,28 @@ class Trainer:
                 on_nan=self.job.on_nan,
             )
         except NonFiniteLoss as error:
-            samples = [sample for micro in local.micro for sample in micro.samples]
+            samples = self._samples(local)
             events.emit("non_finite", step=local.step + 1, rank=self.mesh.rank, samples=samples, why=str(error))
             last = self.saver.last_good()
             kept = f"The last good checkpoint is {last}" if last else "No checkpoint was written yet"
             shown = ", ".join(map(str, samples[:16])) + (", ..." if len(samples) > 16 else "")
             raise NonFiniteLoss(
-                f"step {local.step + 1}: {error} Samples of rank {self.mesh.rank} in this step: {shown}. {kept}. Lower "
+                f"step {local.step + 1}: {error} The samples of this step: {shown or 'unknown'}. {kept}. Lower "
                 "the learning rate, set clip_norm, or let such steps be skipped with on_nan='skip' in the job."
             ) from None
+
+    def _samples(self, local: LocalStep) -> list[int]:
+        """The indices of the samples of the whole step, or of this rank's where only they are known."""
+        mine = [sample for micro in local.micro for sample in micro.samples]
+        if not mine or not isinstance(self.prepared.train, Sized):
+            return mine
+        first = local.step * self.job.global_batch
+        positions = range(first, first + self.job.global_batch)
+        return [int(i) for i in sample_indices(positions, len(self.prepared.train), self.job.seed)]
 
     def _report(self, local: LocalStep, result: StepResult, rate: float, seconds: float) -> None:
         if self.mesh.rank != 0:
             return
-        self.state.loss = result.loss
         events.emit(
             "step",
             step=self.state.step,
@@ -156,14 +173,31 @@ class Trainer:
         return True
 
     def close(self) -> None:
+        """Give the module back as it was, and end what makes batches ahead."""
+        self._close_batches()
         self.replica.close()
+
+    def _close_batches(self) -> None:
+        if self._batches is not None:
+            self._batches.close()
+
+
+def _check_early_stop(job: TrainJob, prepared: Prepared) -> None:
+    rule = job.early_stop
+    if rule is None:
+        return
+    if prepared.eval is None or not job.eval_every:
+        raise SpecError("early_stop of the job needs held-out data and eval_every, the steps between two evaluations.")
+    known = {"loss", "perplexity", *job.metrics}
+    if rule.metric not in known:
+        raise SpecError(
+            f"early_stop.metric='{rule.metric}' of the job is not evaluated{did_you_mean(rule.metric, known)}"
+        )
 
 
 def build_replica(job: TrainJob, plan: Plan, mesh: Mesh) -> Replica:
     """The job's module, the same on every rank, obeying the plan."""
     import torch
-
-    from shardwise.parallel.blame import user_code
 
     torch.manual_seed(job.seed)
     with user_code("model of the job"):
@@ -184,5 +218,5 @@ def evaluate_replica(replica: Replica, prepared: Prepared, job: TrainJob) -> dic
     assert prepared.eval is not None
     axis = replica.mesh.axis("data")
     size = max(1, job.global_batch // max(1, axis.size))
-    batches = eval_batches(prepared.eval, batch=size, rank=axis.rank, ranks=axis.size)
+    batches = eval_batches(prepared.eval, batch=size, rank=axis.rank, ranks=axis.size, workers=job.workers)
     return evaluate(replica, batches, job.loss, job.metrics, job.forward)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,12 +12,14 @@ from types import TracebackType
 from typing import Any, Literal
 
 import torch
+from msgspec import structs
 
 from shardwise import events
+from shardwise.data.datasets import dataset
 from shardwise.data.loader import LocalStep, Micro
 from shardwise.data.order import stream_seed
 from shardwise.data.source import Prepared
-from shardwise.errors import JobError, SpecError
+from shardwise.errors import JobError, SpecError, did_you_mean
 from shardwise.parallel.step import StepResult
 from shardwise.spec.job import Optimizer, TrainJob
 from shardwise.spec.plan import Plan, Precision, build_plan, parse_plan
@@ -25,6 +29,8 @@ from shardwise.train.data import prepare
 from shardwise.train.folder import RunFolder
 from shardwise.train.run import Trainer
 from shardwise.train.state import Saver
+
+_numbers = itertools.count(1)  # every rank opens the sessions of a script in one order
 
 Metrics = Mapping[str, Callable[[Any, Any], tuple[Any, Any]]]
 
@@ -44,14 +50,17 @@ class Session:
         self._pending: tuple[Any, LocalStep] | None = None
         self._trainer: Trainer | None = None
         self._adopted: Adopted | None = None
+        self._began = 0.0  # when this session opened a run folder of its own
 
     def __enter__(self) -> Session:
         self.context = context.current(self._plan)
         self.mesh = self.context.mesh
+        self.mesh.plan = self._chosen_plan()
+        self._refuse_unplayed()
         self.folder = self._open_folder()
         if self.job is not None:
             prepared = self._prepared or prepare(self.job)
-            saver = Saver(self.folder, self.mesh, self.job)
+            saver = Saver(self.folder, self.mesh, self.job, number=next(_numbers))
             self._trainer = Trainer(self.job, self.mesh.plan, self.mesh, prepared, saver)
             self._stack.callback(self._trainer.close)
         return self
@@ -64,6 +73,10 @@ class Session:
                 self._adopted.close()
             if error is None and self._trainer is not None:
                 self._trainer.finish()
+            if self._began and self.mesh.rank == 0:
+                step = self._trainer.state.step if self._trainer else 0
+                status = "failed" if error else "finished"
+                events.emit("run_finished", step=step, seconds=time.perf_counter() - self._began, status=status)
 
     @property
     def rank(self) -> int:
@@ -86,9 +99,12 @@ class Session:
         return self._of_job().state.step
 
     def batches(self) -> Iterator[Any]:
-        """This rank's batch of every step that is left; a list of them where the plan has several microbatches."""
+        """This rank's batch of every step that is left; a list of them where the plan has several microbatches.
+
+        It may be left early and called again: it goes on after the steps that were taken.
+        """
         trainer = self._of_job()
-        with trainer.batches as batches:
+        with trainer.batches() as batches:
             for local in batches:
                 shown = local.micro[0].batch if len(local.micro) == 1 else [micro.batch for micro in local.micro]
                 self._pending = (shown, local)
@@ -105,6 +121,10 @@ class Session:
         shown, local = self._pending or (None, None)
         self._pending = None
         if local is None or batch is not shown:
+            if self.mesh.plan.exact:
+                raise JobError(
+                    "with exact=true run.step takes only what run.batches gave: the logical shards are its own."
+                )
             number = trainer.state.step
             stream = stream_seed(trainer.job.seed, number, self.mesh.rank)
             local = LocalStep(
@@ -137,6 +157,22 @@ class Session:
         if context.current(self._plan).mesh.rank == 0:
             print(*what, flush=True)
 
+    def _chosen_plan(self) -> Plan:
+        """The launcher's mesh, with what this session says of precision and exactness."""
+        plan = self.mesh.plan
+        if self._plan is not None:
+            return self._plan
+        if self.job is not None and plan.precision == "float32":
+            return structs.replace(plan, precision=self.job.precision)
+        return plan
+
+    def _refuse_unplayed(self) -> None:
+        if self.job is not None and (self.job.early_stop or self.job.log):
+            raise JobError(
+                "early_stop and log of a job are for shardwise train; in a session the loop is yours: "
+                "call run.evaluate() and leave the loop, and write to your tracker there."
+            )
+
     def _of_job(self) -> Trainer:
         if self._trainer is None:
             raise JobError("this session has no job. Give sw.session a job or a model, and use it in a with block.")
@@ -149,9 +185,11 @@ class Session:
         folder = RunFolder(Path(context.agree(self.mesh, str(opened))))
         lines = events.JsonLines(folder.events)
         self._stack.callback(lines.close)
+        self._began = time.perf_counter()
         self._stack.enter_context(events.sink(lines))
         if self.mesh.rank == 0:
             folder.write_plan(self.mesh.plan, _here(), None)
+            folder.publish()
             plan = str(self.mesh.plan)
             steps = self.job.steps if self.job else None
             events.emit(
@@ -190,6 +228,9 @@ def session(
     folder = Path(runs) if runs is not None else None
     if job is not None and model is not None:
         raise JobError("sw.session was given a job and a model. Give it one of them.")
+    _refuse_unknown(more)
+    if job is not None and (data, loss, optimizer, steps, more) != (None, None, None, None, {}):
+        raise JobError("sw.session was given a job and parts of one. Change the job, or leave it out.")
     if job is not None or model is None:
         return Session(job, chosen, None, folder)
     if data is None or loss is None or optimizer is None:
@@ -214,6 +255,11 @@ def session(
     return Session(built, chosen, prepared, folder)
 
 
+def _refuse_unknown(more: Mapping[str, Any]) -> None:
+    for unknown in sorted(more.keys() - set(TrainJob.__struct_fields__)):
+        raise JobError(f"sw.session has no argument '{unknown}'{did_you_mean(unknown, TrainJob.__struct_fields__)}")
+
+
 def prepare_data(description: Any, seed: int) -> Prepared:
     """The samples of a description, outside of a job."""
     from shardwise.data.cache import cache_root
@@ -225,12 +271,14 @@ def prepare_data(description: Any, seed: int) -> Prepared:
 def _described(data: Any, eval_data: Any, collate: Any) -> Any:
     if callable(getattr(data, "prepare", None)):
         return data
-    import shardwise as sw
-
-    return sw.dataset(data, eval=eval_data, collate=collate)
+    return dataset(data, eval=eval_data, collate=collate)
 
 
 def _spec(optimizer: Any) -> Any:
+    if isinstance(optimizer, list | tuple) and any(isinstance(each, torch.optim.Optimizer) for each in optimizer):
+        raise JobError(
+            "sw.session takes one torch optimizer. Describe several: optimizer=[sw.adamw(params='*.bias'), ...]."
+        )
     if isinstance(optimizer, torch.optim.Optimizer):
         return Optimizer(
             optimizer=lambda _parameters, lr: optimizer, lr=optimizer.param_groups[0]["lr"], schedule="own"

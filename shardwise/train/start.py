@@ -23,7 +23,7 @@ _started: Starter | None = None  # one command starts one zygote; `take` hands i
 def early(argv: Sequence[str]) -> None:
     """Start the zygote if this command line will need one. Costs a fork and an exec, nothing else."""
     global _started
-    if not {"--help", "env"} & set(argv) and _started is None:
+    if not {"--help", "-h", "env", "--on=env"} & set(argv) and _started is None:
         _started = Zygote.start(PRELOAD)
 
 

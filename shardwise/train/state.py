@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
@@ -14,7 +15,6 @@ from shardwise.checkpoint.save import save
 from shardwise.checkpoint.state import collect
 from shardwise.checkpoint.store import LocalStore, MemoryStore, Store
 from shardwise.comm.mesh import Mesh
-from shardwise.errors import SpecError
 from shardwise.parallel.parallelize import Replica
 from shardwise.spec.job import TrainJob
 from shardwise.train.folder import RunFolder
@@ -35,17 +35,17 @@ class State(msgspec.Struct, kw_only=True):
         metric, sign = (rule.metric, 1 if rule.better == "lower" else -1) if rule else ("loss", 1)
         if not self.evaluations:
             return -1
-        if metric not in self.evaluations[0]:
-            known = ", ".join(sorted(self.evaluations[0]))
-            raise SpecError(f"early_stop.metric='{metric}' of the job is not evaluated; known: {known}.")
-        return int(min(self.evaluations, key=lambda e: sign * e[metric])["step"])
+        return int(min(self.evaluations, key=lambda e: (math.isnan(e[metric]), sign * e[metric]))["step"])
 
 
 class Saver:
     """Checkpoints of one run on this rank; in memory only when the run has no folder."""
 
-    def __init__(self, folder: RunFolder | None, mesh: Mesh, job: TrainJob) -> None:
-        self.store: Store = LocalStore(folder.checkpoints) if folder else MemoryStore()
+    def __init__(self, folder: RunFolder | None, mesh: Mesh, job: TrainJob, *, number: int = 1) -> None:
+        place = folder.checkpoints if folder else None
+        if place is not None and number > 1:  # a script's second session is not the first one going on
+            place = place.with_name(f"{place.name}-{number}")
+        self.store: Store = LocalStore(place) if place else MemoryStore()
         self.kept = folder is not None
         self.mesh = mesh
         self.job = job

@@ -74,9 +74,10 @@ def evaluate(folder: RunFolder, *, checkpoint: str = "latest") -> dict[str, floa
     prepared: Prepared = prepare(job)
     if prepared.eval is None:
         raise DataError("this run's data has no held-out part to evaluate on. Give the job's data one.")
-    mesh = connect(Plan(precision=job.precision), rank=0, world=1, store=None, device=device_of(0))
+    chosen = choose(folder, checkpoint)
+    mesh = connect(Plan(precision=chosen.plan.precision), rank=0, world=1, store=None, device=device_of(0))
     replica = build_replica(job, mesh.plan, mesh)
-    restore(_store(folder), choose(folder, checkpoint), replica.module)
+    restore(_store(folder), chosen, replica.module)
     found = evaluate_replica(replica, prepared, job)
     if "tokens" in prepared.facts:
         found["perplexity"] = math.exp(min(found["loss"], 700.0))
@@ -87,10 +88,10 @@ def export(
     folder: RunFolder, *, to: Literal["safetensors", "dcp", "transformers"], out: Path, checkpoint: str = "latest"
 ) -> Path:
     """Write the run's weights in another format to `out`."""
-    job = load_job(folder)
-    with user_code("model of the job"):
-        module = job.model()
-    tokenizer = prepare(job).facts.get("tokenizer") if to == "transformers" else None
+    module, tokenizer = None, None
+    if to == "transformers":  # the other formats need only what is in the checkpoint
+        job = load_job(folder)
+        module, tokenizer = load_module(folder, job, checkpoint), prepare(job).facts.get("tokenizer")
     chosen = _store(folder).where(choose(folder, checkpoint).folder)
     return export_checkpoint(chosen, to, out, module=module, tokenizer=tokenizer)
 
@@ -100,7 +101,7 @@ def load_job(folder: RunFolder) -> TrainJob:
     source, record = folder.source(), folder.record()
     if not source.function:
         raise JobError(f"{folder.path.name} is the run of a script, which has no job to build its model from.")
-    function = capture.load_function(source)
+    function = capture.load_function(source, original=record.original)
     return capture.build(function, capture.bind(function, record.parameters), folder=source.folder)
 
 
@@ -108,8 +109,11 @@ def load_module(folder: RunFolder, job: TrainJob, checkpoint: str) -> torch.nn.M
     """The job's module with the weights of a checkpoint."""
     with user_code("model of the job"):
         module: Any = job.model()
-    restore(_store(folder), choose(folder, checkpoint), module)
     assert isinstance(module, torch.nn.Module)
+    chosen = choose(folder, checkpoint)
+    if chosen.plan.precision == "float64":
+        module.to(torch.float64)
+    restore(_store(folder), chosen, module)
     return module
 
 

@@ -29,6 +29,7 @@ JOIN_LIMIT_S = 120.0
 
 def main(*, rank: int, world: int, port: int, listen_fd: int | None, run: str, script: list[str] | None = None) -> None:
     """The entry of every launched rank. `run` is its run folder; with `script`, that file and its arguments are run."""
+    context.mark_launched()
     folder = RunFolder(Path(run))
     plan = files.load(folder.path / "plan.json", Plan)
     began = time.perf_counter()
@@ -48,7 +49,7 @@ def main(*, rank: int, world: int, port: int, listen_fd: int | None, run: str, s
 def run_job(folder: RunFolder, mesh: Mesh) -> State:
     """Train the kept copy of the folder's job on this rank."""
     source, record = folder.source(), folder.record()
-    function = capture.load_function(source)
+    function = capture.load_function(source, original=record.original)
     job = capture.build(function, capture.bind(function, record.parameters), folder=source.folder)
     if mesh.plan.exact:
         torch.set_num_threads(1)  # the same batch with another number of threads has other bits
@@ -108,9 +109,17 @@ def environment(argv: dict[str, Any]) -> Path:
     from shardwise.train.api import open_run
 
     mesh = context.current().mesh
-    path = open_run(**argv) if mesh.rank == 0 else None
-    shared = context.agree(mesh, str(path) if path else "")
-    folder = RunFolder(Path(shared))
-    with recorded(folder, mesh), closing(mesh):
-        run_job(folder, mesh)
+    with closing(mesh):
+        path = open_run(**argv, ranks=mesh.world) if mesh.rank == 0 else None
+        folder = RunFolder(Path(context.agree(mesh, str(path) if path else "")))
+        mesh.plan = files.load(folder.path / "plan.json", Plan)
+        began = time.perf_counter()
+        with recorded(folder, mesh):
+            status, step = "failed", 0
+            try:
+                step = run_job(folder, mesh).step
+                status = "finished"
+            finally:
+                if mesh.rank == 0:
+                    events.emit("run_finished", step=step, seconds=time.perf_counter() - began, status=status)
     return folder.path

@@ -15,16 +15,16 @@ ROOT = Path(__file__).resolve().parents[3]
 LEARN = ROOT / "docs" / "learn"
 SMALL = {
     "01_splitting_input_data.md": ("STEPS=6", "SAMPLES=4096"),
-    "03_the_data_parallel_pipeline.md": ("STEPS=12", "EVERY=4"),
+    "03_the_data_parallel_pipeline.md": ("STEPS=24", "EVERY=8"),
 }
 PAGES = sorted(path.name for path in LEARN.glob("[0-9]*.md"))
 PICTURE = re.compile(r"!\[[^\]]+\]\(\.\./pictures/([\w.]+)\)")
 TWO_CORES = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks need two cores")
 
 
-def run_page(page: str, *told: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(LEARN / "run.py"), page, *told]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+def run_page(*told: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(LEARN / "run.py"), *told]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.environ.get("PYTHONPATH", str(ROOT))}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
 
 
@@ -32,7 +32,7 @@ def run_page(page: str, *told: str) -> subprocess.CompletedProcess[str]:
 @TWO_CORES
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_runs(page: str, tmp_path: Path) -> None:
-    done = run_page(page, *SMALL.get(page, ()), "--into", str(tmp_path))
+    done = run_page(str(LEARN / page), *SMALL.get(page, ()), "--into", str(tmp_path))
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     drawn = {path.name for path in tmp_path.iterdir()}
     assert drawn == set(PICTURE.findall((LEARN / page).read_text())), "pictures drawn, and pictures shown"

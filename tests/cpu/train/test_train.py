@@ -187,8 +187,10 @@ def test_perplexity_is_the_exponential_of_the_loss(trained: Train, tmp_path: Pat
         "def job() -> sw.TrainJob:\n"
         "    return sw.TrainJob(model=lambda: GPT(layers=1, width=16, heads=2, vocab=257, context=16),\n"
         f"        loss=sw.next_token_loss, data=sw.text({str(tmp_path / 'text')!r}, tokenizer='bytes', vocab=257,\n"
-        "        context=16, held_out=0.2), optimizer=sw.adamw(lr=1e-2), global_batch=8, steps=6, eval_every=6)\n"
+        "        context=16, held_out=0.2), optimizer=sw.adamw(lr=1e-2), global_batch=8, steps=6, eval_every=2)\n"
     )
+    exact = [losses(trained(job, plan=f"data={ranks},exact=true").path) for ranks in (1, 2)]
+    assert [x.hex() for x in exact[0]] == [x.hex() for x in exact[1]], "evaluating in between changes no bit"
     run = trained(job, plan="data=2").path
     last = named(run, "evaluation")[-1]
     assert last["perplexity"] == pytest.approx(math.exp(last["loss"]))

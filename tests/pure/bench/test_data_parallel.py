@@ -51,7 +51,8 @@ def test_a_peer_that_is_not_installed_is_a_row_and_starts_nothing() -> None:
 
 def test_a_hang_is_infinite_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data_parallel, "STEP_S", 0.1)
-    peers = {"ddp": peer("even"), "lightning": peer("hang:10")}
+    first_round = data_parallel.WARM_UP + 1 + data_parallel.steps_a_turn(CASE)
+    peers = {"ddp": peer("even"), "lightning": peer(f"hang:{first_round + 1}")}
     rows = played(["ddp", "lightning"], peers)
     hung = rows["lightning", "step_time"]
     assert [math.isfinite(value) for value in hung["values"]] == [True, False, False]

@@ -17,6 +17,8 @@ SOURCE = JobSource(folder="/somewhere", path="job.py", function="job")
 
 def test_every_run_is_new_and_latest_points_to_the_newest(tmp_path: Path) -> None:
     first, second = (RunFolder.create(tmp_path / "runs", name="job") for _ in range(2))
+    first.publish()
+    second.publish()
     assert first.path != second.path
     assert (tmp_path / "runs" / "latest").resolve() == second.path.resolve()
     assert stat.S_IMODE(first.path.stat().st_mode) == 0o700
