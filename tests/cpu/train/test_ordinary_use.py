@@ -1,4 +1,4 @@
-"""What people do with a job besides training it once: read files beside it, import helpers, give it paths, resume it."""
+"""What people do with a job besides training it once: files beside it, helpers, parameters of every kind, resuming."""
 
 from __future__ import annotations
 
