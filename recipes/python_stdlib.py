@@ -10,7 +10,7 @@ from shardwise.models.gpt import GPT
 
 
 def job(
-    lr: float = 3e-3, layers: int = 4, width: int = 192, context: int = 128, batch: int = 32, steps: int = 500
+    lr: float = 3e-3, layers: int = 4, width: int = 192, context: int = 128, batch: int = 32, steps: int = 250
 ) -> sw.TrainJob:
     return sw.TrainJob(
         model=lambda: GPT(layers=layers, width=width, heads=6, vocab=4096, context=context),
