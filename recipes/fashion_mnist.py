@@ -11,7 +11,7 @@ from shardwise.models.resnet import ResNet
 
 def job(lr: float = 0.1, width: int = 16, batch: int = 128, steps: int = 900) -> sw.TrainJob:
     return sw.TrainJob(
-        model=lambda: ResNet(classes=10, channels=1, width=width, depth=1),
+        model=lambda: ResNet(classes=10, channels=1, width=width, depth=8),
         loss=sw.cross_entropy,
         data=sw.fashion_mnist(),
         optimizer=sw.sgd(lr=lr, momentum=0.9, weight_decay=5e-4, warmup=50, schedule="cosine"),
