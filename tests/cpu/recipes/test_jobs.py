@@ -1,4 +1,4 @@
-"""Every recipe's job builds, and its model and loss fit a batch of the shape that its data gives; nothing is fetched."""
+"""Every recipe's job builds, and its model and loss fit a batch shaped as its data; nothing is fetched."""
 
 from __future__ import annotations
 
