@@ -32,4 +32,5 @@ def job() -> sw.TrainJob:
         seed=case.seed,
         precision="float32" if case.precision == "float32" else "bfloat16",
         callbacks=(served,),
+        save_every=0,  # the peers save nothing either
     )

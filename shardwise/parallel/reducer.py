@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -59,6 +60,7 @@ class Reducer:
         self._begun = False
         self._moving = True
         self._sending = True
+        self._norms: list[float] = []  # of each bucket, as it arrived
         self._mean = True  # a loop of the user's own sends averages before anybody called `begin`
         self._build()
 
@@ -98,12 +100,16 @@ class Reducer:
         for bucket in self._buckets[self._next :]:
             bucket.missing = 0
         self._advance()
-        began = time.perf_counter()
+        waited = 0.0
+        self._norms = []
         for bucket in self._buckets:
             if bucket.work is not None:
+                began = time.perf_counter()
                 bucket.work.wait()
+                waited += time.perf_counter() - began
             bucket.settle()
-        waited = time.perf_counter() - began
+            if bucket.parameters and not mean and self._shards is None:  # now: later buckets still travel
+                self._norms.append(norm_of([bucket.current.body]))
         pairs, used = self._read_tail()
         self._hand_out(used)
         self._reset()
@@ -122,13 +128,13 @@ class Reducer:
     # What the step does with the sums.
 
     def norm(self) -> float:
-        """The 2-norm of all gradients, accumulated in float32 or better; the same on every rank.
+        """The 2-norm of all gradients that `finish` left, accumulated in float32 or better; the same on every rank.
 
         In exact mode it is taken parameter by parameter, so that neither ranks nor buckets change a bit of it.
         """
         if self._shards is not None:
             return norm_of([p.grad for p in self._parameters if p.grad is not None])
-        return norm_of([bucket.current.body for bucket in self._buckets if bucket.parameters])
+        return math.hypot(*self._norms)
 
     def scale(self, factor: float) -> None:
         """Multiply all gradients."""
