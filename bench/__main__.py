@@ -12,7 +12,7 @@ from typing import Any
 from bench import machine
 from bench.options import Options
 from bench.rounds import Lost
-from bench.rows import Row, result, table, write
+from bench.rows import Row, other_cases, result, table, write
 
 BENCHMARKS = {
     "data_parallel": "seconds a training step, 2 ranks, against DDP, Accelerate, Lightning, Ray Train and DeepSpeed",
@@ -49,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     print(table(rows))
     if parsed.json:
-        write(parsed.json, result(parsed.name, about, rows, quick=parsed.quick))
+        others = other_cases(parsed.json, rows, about) if options.cases else []
+        write(parsed.json, result(parsed.name, about, [*others, *rows], quick=parsed.quick))
     return 0
 
 
@@ -59,7 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="one case, few peers, 3 rounds, within 60 s")
     parser.add_argument("--json", metavar="FILE", help="write the result there")
     parser.add_argument("--only", metavar="SYSTEM,...", help="run these systems only")
-    parser.add_argument("--cases", metavar="WORD,...", help="run the cases with one of these words in their name")
+    parser.add_argument(
+        "--cases",
+        metavar="WORD,...",
+        help="run the cases with one of these words in their name; the others of --json are kept",
+    )
     parser.add_argument("--rounds", type=int, help="instead of the benchmark's own number")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--run", metavar="FOLDER", help="loader: the run whose waiting share is read (runs/latest)")

@@ -30,7 +30,7 @@ class Case:
     heads: int = 8
     vocab: int = 4096
     context: int = 256
-    lr: float = 3e-4
+    lr: float = 1e-4
     seed: int = 1
     exact: bool = False
     folder: str = ""

@@ -98,8 +98,8 @@ def cases(options: Options) -> list[Case]:
 
 
 def steps_a_turn(case: Case) -> int:
-    """Timed steps in one turn: enough that a turn takes about a second, its warm-up step included."""
-    return 8 if case.device == "cuda" else 1 if case.batch > 2 else 2
+    """Timed steps in one turn: enough that a turn takes over a second, so that waking up weighs little."""
+    return 8 if case.device == "cuda" else 2 if case.batch > 2 else 4
 
 
 def run_case(case: Case, names: Sequence[str], options: Options, peers: Mapping[str, Peer] = PEERS) -> list[Row]:

@@ -59,6 +59,21 @@ def result(bench: str, machine: dict[str, Any], rows: Iterable[Row], *, quick: b
     return {"bench": bench, "quick": quick, "machine": machine, "rows": list(rows)}
 
 
+def other_cases(path: str | os.PathLike[str], rows: Sequence[Row], machine: dict[str, Any]) -> list[Row]:
+    """The rows of a result written earlier on this kind of machine, but for the cases of `rows`."""
+    file = Path(path)
+    if not file.exists():
+        return []
+    old = json.loads(file.read_text())
+    changing = ("load_average",)
+    if {k: v for k, v in old["machine"].items() if k not in changing} != {
+        k: v for k, v in machine.items() if k not in changing
+    }:
+        return []
+    again = {each["case"] for each in rows}
+    return [each for each in old["rows"] if each["case"] not in again]
+
+
 def write(path: str | os.PathLike[str], document: dict[str, Any]) -> None:
     """Write a result. An infinite value is written as Python's `json` writes and reads it: `Infinity`."""
     file = Path(path)

@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-from bench.rows import missing, number, ratio, result, row, table, write
+from bench.rows import missing, number, other_cases, ratio, result, row, table, write
 
 
 def test_a_row_has_the_fields_that_readers_rely_on() -> None:
@@ -71,3 +71,13 @@ def test_the_table_shows_medians_intervals_hangs_and_what_is_missing() -> None:
 
 def test_numbers_are_short() -> None:
     assert [number(v) for v in (0.123456, 12345678.9, math.inf, None)] == ["0.1235", "12,345,679", "inf", "-"]
+
+
+def test_cases_that_are_run_alone_leave_the_others_of_the_file(tmp_path: Path) -> None:
+    machine = {"cpu": "a", "load_average": 0.1}
+    old = [row(case, "ours", "step_time", "s", "lower", [1.0]) for case in ("one", "two")]
+    write(tmp_path / "r.json", result("b", machine, old, quick=False))
+    new = [row("two", "ours", "step_time", "s", "lower", [2.0])]
+    assert other_cases(tmp_path / "r.json", new, {**machine, "load_average": 3.0}) == old[:1]
+    assert other_cases(tmp_path / "r.json", new, {**machine, "cpu": "b"}) == []
+    assert other_cases(tmp_path / "none.json", new, machine) == []
