@@ -112,7 +112,7 @@ def train(
         if source is None:
             return _run_script(starter, Path(str(job)), args, plan, Path(runs), display, name)
         folder, steps = prepare_run(starter, source, _sets(sets, parameters), plan, resume, Path(runs), name)
-        return _launch(starter, folder, {}, display=display, steps=steps, resumed=resume is not None)
+        return _launch(starter, folder, {}, display=display, steps=steps)
 
 
 def show(run: str | Path = "latest", *, runs: str | Path = "runs") -> summaries.Summary:
@@ -215,7 +215,7 @@ def open_run(**told: Any) -> Path:
 
 
 def _launch(
-    starter: Starter, folder: RunFolder, more: dict[str, Any], *, display: bool, steps: int | None, resumed: bool
+    starter: Starter, folder: RunFolder, more: dict[str, Any], *, display: bool, steps: int | None
 ) -> RunResult:
     """Run the folder's plan with the local launcher, show it, and record how it ended."""
     from shardwise.observe.live import Display
@@ -272,7 +272,7 @@ def _run_script(
     with _recording(folder):
         events.emit("run_started", run=folder.path.name, job=script.name, ranks=chosen.ranks, plan=str(chosen))
     more = {"script": [str(script.resolve()), *args]}
-    return _launch(starter, folder, more, display=display, steps=None, resumed=False)
+    return _launch(starter, folder, more, display=display, steps=None)
 
 
 def _train_here(
