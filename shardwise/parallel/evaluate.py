@@ -38,7 +38,7 @@ def evaluate(
     sums = [0.0] * (2 * len(functions))
     module.eval()
     try:
-        with torch.no_grad(), replica.formats.step():
+        with torch.no_grad(), replica.formats.step(several=True):
             for raw in batches:
                 batch = replica.formats.place(raw)
                 _add(sums, _measure(module, batch, functions, forward, replica))

@@ -54,9 +54,12 @@ class Formats:
             )
 
     @contextlib.contextmanager
-    def step(self) -> Iterator[None]:
-        """Around a whole step: parameters are cast once for all its microbatches, not once for each."""
-        if self.cast is None:
+    def step(self, *, several: bool) -> Iterator[None]:
+        """Around a whole step: with `several` batches parameters are cast once for all of them, not once for each.
+
+        With one nothing is kept, so that backward can use the memory of each cast again while it is hot.
+        """
+        if self.cast is None or not several:
             yield
             return
         torch.autocast_increment_nesting()

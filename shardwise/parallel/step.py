@@ -126,7 +126,7 @@ def _gradients(
 ) -> tuple[Totals, float]:
     """Forward and backward of every microbatch, then the sums over all ranks, and the seconds waited for them."""
     replica.begin(len(micro))
-    with replica.formats.step():
+    with replica.formats.step(several=len(micro) > 1):
         if replica.coupled == "gather":
             gathered_step(replica, micro, loss, forward, scaler)
         else:

@@ -96,7 +96,7 @@ def test_parameters_are_cast_once_for_all_microbatches() -> None:
     formats = Formats("bfloat16", torch.device("cpu"))
     layer = torch.nn.Linear(4, 4)
     grads = []
-    with formats.step():
+    with formats.step(several=True):
         for _ in range(2):
             with formats.forward():
                 output = layer(torch.ones(2, 4))
