@@ -1,4 +1,4 @@
-"""What moves the bytes under a `Group`: gloo for host memory, nccl for CUDA devices."""
+"""What moves the bytes under a `Group`: shared memory or gloo for host memory, nccl for CUDA devices."""
 
 from __future__ import annotations
 
@@ -12,38 +12,81 @@ from typing import Any, NamedTuple
 
 import torch.distributed.distributed_c10d as dist
 
+from shardwise.comm.shm import connect_shm
 from shardwise.errors import CommError, MissingPackage
+
+TRANSPORT = "SHARDWISE_TRANSPORT"  # auto, shm or gloo: what carries host memory between ranks
 
 
 class Inner(NamedTuple):
-    """One backend under a group and the sockets it opened, as `(file descriptor, inode)`."""
+    """One backend under a group; `abort(why)` frees every caller that waits in it, `leave()` ends it without an error.
+
+    After `leave` another rank fails only if it waits for something that this one has not sent.
+    """
 
     backend: Any
-    sockets: tuple[tuple[int, int], ...] = ()
+    abort: Callable[[str], None]
+    leave: Callable[[], None]
 
 
-def gloo(store: dist.Store, rank: int, size: int, *, timeout_s: float, host: str | None, threads: int = 1) -> Inner:
-    """A gloo backend on the interface of `host`; None leaves the choice to gloo and `GLOO_SOCKET_IFNAME`.
+class Membership(NamedTuple):
+    """Who a backend is made for: this rank, its place among `ranks` (global numbers), the limit, gloo's interface."""
 
-    Raises CommError when the ranks do not find each other within `timeout_s` seconds.
+    store: dist.Store
+    rank: int
+    ranks: tuple[int, ...]
+    timeout_s: float
+    host: str | None
+    threads: int = 1
+
+
+def host_memory(who: Membership) -> Inner:
+    """`shm` where all ranks share a host and the compiled kernel is there, else gloo.
+
+    `SHARDWISE_TRANSPORT` decides otherwise. Raises CommError where it asks for shm and there is none.
+    """
+    wanted = os.environ.get(TRANSPORT, "auto")
+    if wanted not in ("auto", "shm", "gloo"):
+        raise CommError(f"{TRANSPORT}={wanted} is none of auto, shm, gloo. Leave it out, or set one of them.")
+    return gloo(who) if wanted == "gloo" else shm(who, otherwise=gloo if wanted == "auto" else None)
+
+
+def shm(who: Membership, otherwise: Callable[[Membership], Inner] | None = None) -> Inner:
+    """Shared memory between the ranks of one host; where they cannot have it `otherwise`, or a CommError."""
+    try:
+        made = connect_shm(who.store, who.rank, who.ranks)
+    except RuntimeError as error:
+        raise _unreachable(who, error) from None
+    if made is not None:
+        return Inner(made, made.abort, made.leave)
+    if otherwise is not None:
+        return otherwise(who)
+    raise CommError(
+        "these ranks cannot share memory: they run on different hosts, or as different users, or the package was built "
+        f"without a C compiler. Set {TRANSPORT}=gloo, or install a C compiler and shardwise again."
+    )
+
+
+def gloo(who: Membership) -> Inner:
+    """A gloo backend on the interface of `who.host`; None leaves the choice to gloo and `GLOO_SOCKET_IFNAME`.
+
+    Raises CommError when the ranks do not find each other in time.
     """
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     make = dist.ProcessGroupGloo
-    options._devices = [make.create_device(hostname=host) if host is not None else make.create_default_device()]
-    options._threads = threads
-    options._timeout = timedelta(seconds=timeout_s)
+    options._devices = [make.create_device(hostname=who.host) if who.host else make.create_default_device()]
+    options._threads = who.threads
+    options._timeout = timedelta(seconds=who.timeout_s)
     before = _connected()
     try:
-        backend = dist.ProcessGroupGloo(store, rank, size, options)
+        backend = dist.ProcessGroupGloo(who.store, who.rank, len(who.ranks), options)
     except RuntimeError as error:
-        raise CommError(
-            f"rank {rank} could not connect to the other {size - 1} rank(s) within {timeout_s:g} s: "
-            f"{str(error).splitlines()[0]} Look at the logs of the other ranks: one of them did not get this far."
-        ) from None
-    return Inner(backend, tuple(sorted(_connected() - before)))
+        raise _unreachable(who, error) from None
+    sockets = tuple(sorted(_connected() - before))
+    return Inner(backend, lambda why: _hang_up(sockets), lambda: _hang_up(sockets))
 
 
-def nccl(store: dist.Store, rank: int, size: int, *, timeout_s: float, host: str | None, threads: int = 1) -> Inner:
+def nccl(who: Membership) -> Inner:
     """An nccl backend for the CUDA device of this rank. Raises MissingPackage when torch was built without it."""
     if not dist.is_nccl_available():
         raise MissingPackage(
@@ -51,14 +94,22 @@ def nccl(store: dist.Store, rank: int, size: int, *, timeout_s: float, host: str
             "(see https://pytorch.org), or plan for the CPU."
         )
     options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timedelta(seconds=timeout_s)
-    return Inner(dist.ProcessGroupNCCL(store, rank, size, options))
+    options._timeout = timedelta(seconds=who.timeout_s)
+    backend = dist.ProcessGroupNCCL(who.store, who.rank, len(who.ranks), options)
+    return Inner(backend, lambda why: backend.abort(), backend.abort)
 
 
-BACKENDS: dict[str, Callable[..., Inner]] = {"cpu": gloo, "cuda": nccl}
+BACKENDS: dict[str, Callable[[Membership], Inner]] = {"cpu": host_memory, "cuda": nccl}
 
 
-def hang_up(sockets: tuple[tuple[int, int], ...]) -> None:
+def _unreachable(who: Membership, error: RuntimeError) -> CommError:
+    return CommError(
+        f"rank {who.rank} could not connect to the other {len(who.ranks) - 1} rank(s) within {who.timeout_s:g} s: "
+        f"{str(error).splitlines()[0]} Look at the logs of the other ranks: one of them did not get this far."
+    )
+
+
+def _hang_up(sockets: tuple[tuple[int, int], ...]) -> None:
     """Shut the connections down: every operation on them ends at once, here and at the peers, on any thread.
 
     gloo's own abort leaves a waiting rank waiting; the descriptors stay open, so gloo may still close them itself.

@@ -84,4 +84,5 @@ class FakeBackend:
 
 def fake_group(size: int, faults: Mapping[int, Fault] | None = None, *, timeout_s: float = 1.0) -> Group:
     """A Group of `size` ranks of which only this one (rank 0) is there."""
-    return Group(HashStore(), 0, size, {"cpu": Inner(FakeBackend(size, faults))}, timeout_s=timeout_s)
+    inner = Inner(FakeBackend(size, faults), abort=lambda why: None, leave=lambda: None)
+    return Group(HashStore(), 0, size, {"cpu": inner}, timeout_s=timeout_s)

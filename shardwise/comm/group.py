@@ -18,7 +18,9 @@ import torch.distributed.distributed_c10d as dist
 from torch._C._distributed_c10d import AllgatherOptions
 from torch._C._distributed_c10d import Backend as NativeBackend
 
-from shardwise.comm.backends import BACKENDS, Inner, hang_up
+from shardwise.comm.backends import BACKENDS, Inner, Membership
+from shardwise.comm.shm import Shm
+from shardwise.comm.shm_work import ShmFailure
 from shardwise.comm.store import LOOPBACK, first_line
 from shardwise.comm.work import GuardedWork, Tag
 from shardwise.errors import CommError
@@ -111,18 +113,14 @@ class Group(dist.ProcessGroup):
         if self._why_aborted is None:
             self._why_aborted = why
             threading.Thread(target=_quietly, args=(self._report, why), daemon=True).start()
-        self._hang_up()
+        for inner in self._inners.values():
+            inner.abort(f"rank {self.ranks[self.rank()]} aborted it: {why}")
 
     def shutdown(self) -> None:
         """End the group without an error: later calls raise."""
         self._why_aborted = self._why_aborted or "it was closed"
-        self._hang_up()
-
-    def _hang_up(self) -> None:
-        for device, inner in self._inners.items():
-            hang_up(inner.sockets)
-            if device == "cuda":
-                inner.backend.abort()
+        for inner in self._inners.values():
+            inner.leave()
 
     def aborted_error(self, tag: Tag) -> CommError:
         """What a caller of `tag` is told after an abort."""
@@ -134,6 +132,8 @@ class Group(dist.ProcessGroup):
     def failed(self, tag: Tag, error: BaseException) -> CommError:
         """Abort after a failure of the backend, and say which ranks did not report."""
         self.abort(f"{tag.op} number {tag.sequence} failed")
+        if isinstance(error, ShmFailure):  # it names the rank, and came at once
+            return CommError(f"{self._describe(tag)} failed: {error}. An aborted group is never used again.")
         return CommError(f"{self._describe(tag)} failed: {first_line(error)} {self._blame()}")
 
     def timed_out(self, tag: Tag, limit_s: float) -> CommError:
@@ -182,6 +182,13 @@ class Group(dist.ProcessGroup):
         return dict(found)
 
     # Operations.
+
+    def zeros(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A 1-D tensor of zeros; in shared memory where the ranks have some: they reduce that without a copy."""
+        inner = self._inners.get(device.type)
+        if inner is not None and isinstance(inner.backend, Shm):
+            return inner.backend.heap.allocate(numel, dtype)
+        return torch.zeros(numel, dtype=dtype, device=device)
 
     def _run(self, op: str, tensors: Any, call: Callable[[Any], Any]) -> GuardedWork:
         """Issue one operation: `call(backend)` returns the backend's work. `tensors` are what it sends or receives."""
@@ -331,14 +338,17 @@ def create(options: Any, settings: Any) -> Group:
     if settings is None:
         settings = world.settings if isinstance(world, Group) else GroupSettings()
     timeout_s = settings.timeout_s or options.timeout.total_seconds()
+    ranks = tuple(options.global_ranks_in_group) or tuple(range(options.group_size))
     inners = {
         device: BACKENDS[device](
-            dist.PrefixStore(device, options.store),
-            options.group_rank,
-            options.group_size,
-            timeout_s=timeout_s,
-            host=settings.host,
-            threads=settings.threads,
+            Membership(
+                dist.PrefixStore(device, options.store),
+                options.group_rank,
+                ranks,
+                timeout_s,
+                settings.host,
+                settings.threads,
+            )
         )
         for device in settings.devices
     }
@@ -348,7 +358,7 @@ def create(options: Any, settings: Any) -> Group:
         options.group_size,
         inners,
         name=options.group_id,
-        ranks=options.global_ranks_in_group,
+        ranks=ranks,
         timeout_s=timeout_s,
         settings=settings,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from shardwise.comm.collectives import Exchange
 from shardwise.comm.tree import Node, push
 from shardwise.comm.work import GuardedWork
+
+Zeros = Callable[[int, torch.dtype, torch.device], Tensor]  # a 1-D tensor of zeros
 
 ALIGN = 16  # elements: views begin on cache lines
 
@@ -28,13 +30,18 @@ class Buffer:
 class Bucket:
     """Parameters of one dtype whose gradients are reduced together; `tail` further elements carry statistics.
 
-    `members` are the parameters' numbers in the reducer.
+    `members` are the parameters' numbers in the reducer; `zeros` allocates, where the group reduces without a copy.
 
     In exact mode a bucket also holds the finished nodes of the tree over shards, each in a buffer of its own.
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], members: Sequence[int], tail: int, like: Tensor | None = None
+        self,
+        parameters: Sequence[nn.Parameter],
+        members: Sequence[int],
+        tail: int,
+        zeros: Zeros,
+        like: Tensor | None = None,
     ) -> None:
         self.parameters = list(parameters)
         self.members = list(members)
@@ -44,6 +51,7 @@ class Bucket:
             self._offsets.append(self._body)
             self._body += math.ceil(parameter.numel() / ALIGN) * ALIGN
         self._tail = tail
+        self._zeros = zeros
         self._like = like if like is not None else self.parameters[0].detach()
         self._spare: list[Buffer] = []
         self.nodes: list[tuple[Node, Buffer]] = []
@@ -54,7 +62,7 @@ class Bucket:
     def _take(self) -> Buffer:
         if self._spare:
             return self._spare.pop()
-        flat = torch.zeros(self._body + self._tail, dtype=self._like.dtype, device=self._like.device)
+        flat = self._zeros(self._body + self._tail, self._like.dtype, self._like.device)
         return Buffer(self.parameters, self._offsets, self._body, flat)
 
     def close_leaf(self, node: Node, total: int) -> None:

@@ -173,17 +173,18 @@ class Reducer:
             [p.numel() * p.element_size() for p in ordered], [(p.dtype, p.device) for p in ordered], self._bucket_bytes
         )
         tail = self._slots * COLUMNS + len(trainable)
+        zeros = self._axis.group.zeros if self._axis.group is not None else _zeros
         self._buckets = []
         self._place = [None] * len(trainable)  # type: ignore[list-item]
         for number, members in enumerate(groups):
             carries = number == len(groups) - 1 and ordered[members[0]].dtype in (torch.float32, torch.float64)
-            bucket = Bucket([ordered[m] for m in members], [order[m] for m in members], tail if carries else 0)
+            bucket = Bucket([ordered[m] for m in members], [order[m] for m in members], tail if carries else 0, zeros)
             self._buckets.append(bucket)
             for position, member in enumerate(members):
                 self._place[order[member]] = (bucket, position)
         if not groups or self._buckets[-1].current.tail.numel() == 0:
             device = self._parameters[0].device if self._parameters else torch.device("cpu")
-            self._buckets.append(Bucket([], [], tail, torch.empty(0, device=device)))
+            self._buckets.append(Bucket([], [], tail, zeros, torch.empty(0, device=device)))
         self._hooks = [
             p.register_post_accumulate_grad_hook(functools.partial(self._arrived, i))
             for i, p in enumerate(self._parameters)
@@ -335,3 +336,7 @@ class Reducer:
                 parameter.grad = bucket.current.views[position].copy_(grad)
             else:
                 bucket.current.views[position].zero_()
+
+
+def _zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(numel, dtype=dtype, device=device)

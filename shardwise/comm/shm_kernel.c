@@ -1,0 +1,895 @@
+/* Collectives and messages between the ranks of one host, over memory that they share. No torch and no Python in it:
+ * shm.py maps the segment, calls these functions through ctypes and keeps the tensors alive.
+ *
+ * Every rank has a counter of phases. In a phase a rank writes a chunk into a slot of its own, raises its counter, waits
+ * for the counters of those it needs, and reads their slots. All ranks run the same phases in the same order, so one
+ * number says everything. Nothing blocks inside an operation: `advance` goes as far as the others let it and is called
+ * again, by the thread that waits for the result or by a helper thread when nobody does. */
+
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
+#define WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define WIDE
+#endif
+#if defined(__x86_64__)
+#define RELAX() __builtin_ia32_pause()
+#elif defined(__aarch64__)
+#define RELAX() __asm__ volatile("yield")
+#else
+#define RELAX() ((void)0)
+#endif
+
+enum { LINE = 64, SLOTS = 2, HEADER = 128, BLOCK = 1024, WHY = 960 };
+enum { SMALL = 1 << 15 };                     /* bytes up to which every rank reads every other's chunk */
+enum { SPIN_NS = 50000, YIELDS = 20, NAP_NS = 5000000, HELP_AFTER_NS = 1000000, LINGER = 20 };
+enum kind { BARRIER, ALL_REDUCE, REDUCE, BROADCAST, ALL_GATHER, REDUCE_SCATTER, GATHER, SCATTER, ALL_TO_ALL, SEND, RECV };
+enum dtype { F32, F64, BF16, F16, I8, U8, I16, I32, I64, BOOL };
+enum reduction { SUM, AVG, PRODUCT, MIN, MAX, BAND, BOR, BXOR };
+enum { OK = 0, AGAIN = 1, FAILED = 2 };
+
+static const char *KINDS[] = {"barrier", "all_reduce", "reduce", "broadcast", "all_gather", "reduce_scatter",
+                              "gather", "scatter", "all_to_all", "send", "recv"};
+static const char *DTYPES[] = {"float32", "float64", "bfloat16", "float16", "int8", "uint8", "int16", "int32", "int64", "bool"};
+static const char *REDUCTIONS[] = {"sum", "avg", "product", "min", "max", "band", "bor", "bxor"};
+static const size_t WIDTH[] = {4, 8, 2, 2, 1, 1, 2, 4, 8, 1};
+
+typedef struct {                              /* one a rank */
+    _Alignas(LINE) _Atomic uint64_t count;    /* phases it has arrived at */
+    _Alignas(LINE) _Atomic uint32_t bell;     /* the futex that its threads sleep on */
+    _Atomic uint32_t sleepers;
+    _Atomic uint32_t left;                    /* it ended without an error */
+} Line;
+
+typedef struct {                              /* the head of the segment */
+    _Alignas(LINE) _Atomic uint32_t failed;   /* 1 while `why` is written, 2 once it can be read */
+    char why[WHY];
+} Head;
+
+typedef struct {                              /* with every chunk: what its writer believes is going on */
+    uint64_t serial, bytes, most;
+    int64_t heap;                             /* where its tensor lies in its heap, or -1 */
+    uint32_t kind, dtype, reduction, root;
+} Said;
+
+typedef struct {                              /* a stream of messages from one rank to another */
+    _Alignas(LINE) _Atomic uint64_t written;
+    _Alignas(LINE) _Atomic uint64_t read;
+} Pipe;
+
+typedef struct Op {
+    uint32_t kind, dtype, reduction, root;
+    uint64_t serial, bytes, most;             /* bytes: of one rank's tensor; most: of the largest piece */
+    uint64_t first, k, phases, chunk;
+    int written, split, shared;
+    char **in, **out;                         /* by rank, where the operation has pieces */
+    uint64_t *in_bytes, *out_bytes;
+    int64_t peer, tag;                        /* of a message */
+    uint64_t done_bytes;
+    int framed;
+    _Atomic int done;
+    struct Op *next;
+} Op;
+
+typedef struct { int64_t tag; uint64_t bytes; } Frame;
+
+typedef struct Kept { Frame frame; char *data; struct Kept *next; } Kept; /* a message that nobody asked for yet */
+
+typedef struct { int active; Frame frame; uint64_t got; Op *op; char *data; } Incoming; /* a message half read */
+
+typedef struct Context {
+    int rank, n, crowded;
+    char *base, *heaps;
+    uint64_t chunk, pipe, heap;
+    Head *head;
+    Line *lines;
+    int *names, *watched;
+    pthread_mutex_t lock;
+    Op *queue, *tail;                         /* collectives, in order */
+    Op **sends, *receives;                    /* messages, by order of posting */
+    Incoming *incoming;
+    Kept **kept;
+    uint64_t phase, serial;
+    int messages;                             /* whether there ever were any */
+    int rooted;                               /* the last operation was not compared with all ranks */
+    _Atomic int open, waiting, closing, asleep;
+    pthread_t helper;
+    int helped;
+} Context;
+
+/* ---- reductions -------------------------------------------------------------------------------------------------- */
+
+static inline float from_bf16(uint16_t h) { uint32_t u = (uint32_t)h << 16; float f; memcpy(&f, &u, 4); return f; }
+static inline uint16_t to_bf16(float f) {
+    uint32_t u; memcpy(&u, &f, 4);
+    uint16_t rounded = (uint16_t)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+    return (u & 0x7fffffffu) > 0x7f800000u ? (uint16_t)((u >> 16) | 0x40u) : rounded;
+}
+static inline float from_f16(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000u) << 16, rest = h & 0x7fffu, u;
+    float f;
+    if (rest >= 0x7c00u) u = 0x7f800000u | (rest & 0x3ffu) << 13;
+    else if (rest >= 0x400u) u = (rest + 0x1c000u) << 13;
+    else { f = (float)rest * 0x1p-24f; memcpy(&u, &f, 4); }
+    u |= sign; memcpy(&f, &u, 4);
+    return f;
+}
+static inline uint16_t to_f16(float f) {
+    uint32_t u; memcpy(&u, &f, 4);
+    uint32_t sign = (u >> 16) & 0x8000u, rest = u & 0x7fffffffu;
+    if (rest > 0x7f800000u) return (uint16_t)(sign | 0x7e00u);
+    if (rest >= 0x47800000u) return (uint16_t)(sign | 0x7c00u);
+    if (rest < 0x38800000u) {                 /* subnormal: adding 0.5 lets the unit round it */
+        float g; memcpy(&g, &rest, 4); g += 0.5f; memcpy(&rest, &g, 4);
+        return (uint16_t)(sign | (rest - 0x3f000000u));
+    }
+    return (uint16_t)(sign | ((rest + 0xc8000fffu + ((rest >> 13) & 1u)) >> 13));
+}
+#define SAME(x) (x)
+#define TRUTH(x) ((x) != 0)
+
+#define REDUCER(NAME, T, ACC, LOADER, STORER, BITS)                                                                    \
+    WIDE static void NAME(char **dst, int nd, char **src, int ns, size_t count, int op) {                              \
+        typedef ACC A;                                                                                                 \
+        A acc[BLOCK];                                                                                                  \
+        for (size_t at = 0; at < count; at += BLOCK) {                                                                 \
+            size_t m = count - at < BLOCK ? count - at : BLOCK;                                                        \
+            const T *s = (const T *)src[0] + at;                                                                       \
+            for (size_t i = 0; i < m; i++) acc[i] = LOADER(s[i]);                                                      \
+            for (int j = 1; j < ns; j++) {                                                                             \
+                s = (const T *)src[j] + at;                                                                            \
+                switch (op) {                                                                                          \
+                case SUM: case AVG: for (size_t i = 0; i < m; i++) acc[i] = (A)(acc[i] + LOADER(s[i])); break;         \
+                case PRODUCT: for (size_t i = 0; i < m; i++) acc[i] = (A)(acc[i] * LOADER(s[i])); break;               \
+                case MIN: for (size_t i = 0; i < m; i++) { A b = LOADER(s[i]); acc[i] = b < acc[i] ? b : acc[i]; } break; \
+                case MAX: for (size_t i = 0; i < m; i++) { A b = LOADER(s[i]); acc[i] = b > acc[i] ? b : acc[i]; } break; \
+                BITS                                                                                                   \
+                }                                                                                                      \
+            }                                                                                                          \
+            if (op == AVG) for (size_t i = 0; i < m; i++) acc[i] = (A)(acc[i] / (A)ns);                                \
+            for (int j = 0; j < nd; j++) {                                                                             \
+                T *d = (T *)dst[j] + at;                                                                               \
+                for (size_t i = 0; i < m; i++) d[i] = STORER(acc[i]);                                                  \
+            }                                                                                                          \
+        }                                                                                                              \
+    }
+#define BITWISE(LOADER)                                                                                                \
+    case BAND: for (size_t i = 0; i < m; i++) acc[i] = (A)(acc[i] & LOADER(s[i])); break;                              \
+    case BOR: for (size_t i = 0; i < m; i++) acc[i] = (A)(acc[i] | LOADER(s[i])); break;                               \
+    case BXOR: for (size_t i = 0; i < m; i++) acc[i] = (A)(acc[i] ^ LOADER(s[i])); break;
+
+REDUCER(reduce_f32, float, float, SAME, SAME, )
+REDUCER(reduce_f64, double, double, SAME, SAME, )
+REDUCER(reduce_bf16, uint16_t, float, from_bf16, to_bf16, )
+REDUCER(reduce_f16, uint16_t, float, from_f16, to_f16, )
+REDUCER(reduce_i8, int8_t, int8_t, SAME, SAME, BITWISE(SAME))
+REDUCER(reduce_u8, uint8_t, uint8_t, SAME, SAME, BITWISE(SAME))
+REDUCER(reduce_i16, int16_t, int16_t, SAME, SAME, BITWISE(SAME))
+REDUCER(reduce_i32, int32_t, int32_t, SAME, SAME, BITWISE(SAME))
+REDUCER(reduce_i64, int64_t, int64_t, SAME, SAME, BITWISE(SAME))
+REDUCER(reduce_bool, uint8_t, uint8_t, TRUTH, TRUTH, BITWISE(TRUTH))
+
+typedef void (*Reduce)(char **, int, char **, int, size_t, int);
+static const Reduce REDUCERS[] = {reduce_f32, reduce_f64, reduce_bf16, reduce_f16, reduce_i8,
+                                  reduce_u8, reduce_i16, reduce_i32, reduce_i64, reduce_bool};
+
+/* dst[0..nd) = the reduction of src[0..ns), in that order; `bytes` of each. A dst may be a src. */
+void shm_reduce(char **dst, int nd, char **src, int ns, uint64_t bytes, int dtype, int reduction) {
+    REDUCERS[dtype](dst, nd, src, ns, bytes / WIDTH[dtype], reduction);
+}
+
+/* ---- the segment ------------------------------------------------------------------------------------------------- */
+
+static uint64_t rounded(uint64_t bytes) { return (bytes + LINE - 1) / LINE * LINE; }
+static uint64_t smaller(uint64_t a, uint64_t b) { return a < b ? a : b; }
+static uint64_t pieces(uint64_t bytes, uint64_t chunk) { return bytes ? (bytes + chunk - 1) / chunk : 1; }
+
+static uint64_t slots_at(int n) { return sizeof(Head) + (uint64_t)n * sizeof(Line); }
+static uint64_t pipes_at(int n, uint64_t chunk) { return slots_at(n) + (uint64_t)n * SLOTS * (HEADER + chunk); }
+
+/* Bytes of the segment before the heaps: head, counters, slots, pipes. `chunk` and `pipe` are multiples of 64. */
+uint64_t shm_fixed(int n, uint64_t chunk, uint64_t pipe) {
+    uint64_t end = pipes_at(n, chunk) + (uint64_t)n * n * (sizeof(Pipe) + pipe);
+    return (end + 4095) / 4096 * 4096;
+}
+
+static char *slot(Context *c, int rank, uint64_t phase) {
+    return c->base + slots_at(c->n) + ((uint64_t)rank * SLOTS + phase % SLOTS) * (HEADER + c->chunk);
+}
+static Said *said(Context *c, int rank, uint64_t phase) { return (Said *)slot(c, rank, phase); }
+static char *data(Context *c, int rank, uint64_t phase) { return slot(c, rank, phase) + HEADER; }
+static Pipe *pipe_of(Context *c, int from, int to) {
+    return (Pipe *)(c->base + pipes_at(c->n, c->chunk) + ((uint64_t)from * c->n + to) * (sizeof(Pipe) + c->pipe));
+}
+static char *in_heap(Context *c, int rank, int64_t offset) { return c->heaps + (uint64_t)rank * c->heap + offset; }
+
+/* ---- bells and failure ------------------------------------------------------------------------------------------- */
+
+static int64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+static void nap(_Atomic uint32_t *word, uint32_t seen, int64_t ns) {
+    struct timespec t = {ns / 1000000000, ns % 1000000000};
+    syscall(SYS_futex, word, FUTEX_WAIT, seen, &t, NULL, 0);
+}
+static void ring(Context *c, int rank) {
+    Line *l = &c->lines[rank];
+    if (atomic_load(&l->sleepers)) {
+        atomic_fetch_add(&l->bell, 1);
+        syscall(SYS_futex, &l->bell, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+    }
+}
+static void ring_others(Context *c) {
+    for (int r = 0; r < c->n; r++)
+        if (r != c->rank) ring(c, r);
+}
+
+/* The first failure of the group is everybody's: all that wait return, and nothing runs any more. */
+__attribute__((format(printf, 2, 3))) static void fail(Context *c, const char *format, ...) {
+    uint32_t none = 0;
+    if (atomic_compare_exchange_strong(&c->head->failed, &none, 1)) {
+        va_list values;
+        va_start(values, format);
+        vsnprintf(c->head->why, WHY, format, values);
+        va_end(values);
+        atomic_store(&c->head->failed, 2);
+    }
+    for (int r = 0; r < c->n; r++) {
+        atomic_fetch_add(&c->lines[r].bell, 1);
+        syscall(SYS_futex, &c->lines[r].bell, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+    }
+}
+static int broken(Context *c) { return atomic_load_explicit(&c->head->failed, memory_order_relaxed) != 0; }
+
+void shm_abort(Context *c, const char *why) { fail(c, "%s", why); }
+
+/* Copies why the group failed; returns its length, 0 if it has not. */
+int shm_why(Context *c, char *text, int room) {
+    while (atomic_load(&c->head->failed) == 1) sched_yield();
+    if (!broken(c)) return 0;
+    snprintf(text, room, "%s", c->head->why);
+    return (int)strlen(text);
+}
+
+/* A process that is being killed says so in its flags before it gives back its memory, which may take seconds. */
+static int dead(Context *c, int rank) {
+    char text[512];
+    if (rank == c->rank || c->watched[rank] < 0) return 0;
+    ssize_t got = pread(c->watched[rank], text, sizeof text - 1, 0);
+    if (got <= 0) return 1;
+    text[got] = 0;
+    char *rest = strrchr(text, ')');
+    char state;
+    unsigned flags;
+    if (!rest || sscanf(rest + 1, " %c %*d %*d %*d %*d %*d %u", &state, &flags) != 2) return 0;
+    return state == 'Z' || state == 'X' || (flags & 4u) != 0;
+}
+/* Whether `o` waits for something that `rank` has not sent. */
+static int held_up_by(Context *c, Op *o, int rank) {
+    if (o->kind == SEND || o->kind == RECV) return o->peer < 0 || o->peer == rank;
+    return atomic_load(&c->lines[rank].count) < atomic_load(&c->lines[c->rank].count);
+}
+static void bury(Context *c, Op *o) {
+    for (int r = 0; r < c->n; r++) {
+        if (r == c->rank) continue;
+        if (atomic_load(&c->lines[r].left)) {
+            if (held_up_by(c, o, r)) fail(c, "rank %d left the group before it took part", c->names[r]);
+        } else if (dead(c, r)) fail(c, "rank %d died", c->names[r]);
+    }
+}
+
+/* ---- collectives ------------------------------------------------------------------------------------------------- */
+
+static int reached(Context *c, int rank, uint64_t count) {
+    return atomic_load_explicit(&c->lines[rank].count, memory_order_acquire) >= count;
+}
+static int all_reached(Context *c, uint64_t count) {
+    for (int r = 0; r < c->n; r++)
+        if (r != c->rank && !reached(c, r, count)) return 0;
+    return 1;
+}
+
+/* Whether this rank reads from `rank` in the phases of `o`. */
+static int needs(Context *c, Op *o, int rank) {
+    if (rank == c->rank) return 0;
+    switch (o->kind) {
+    case REDUCE: case GATHER: return (int)o->root == c->rank;
+    case BROADCAST: case SCATTER: return (int)o->root == rank;
+    default: return 1;
+    }
+}
+static int needed_reached(Context *c, Op *o, uint64_t count) {
+    for (int r = 0; r < c->n; r++)
+        if (needs(c, o, r) && !reached(c, r, count)) return 0;
+    return 1;
+}
+
+static uint64_t part(Op *o, uint64_t bytes, uint64_t k) { /* bytes of chunk k of a piece of `bytes` */
+    uint64_t from = k * o->chunk;
+    return from >= bytes ? 0 : smaller(o->chunk, bytes - from);
+}
+static uint64_t share(uint64_t bytes, int n) { return rounded((bytes + n - 1) / n); } /* of one rank, of n */
+
+static void keep_own(Context *c, Op *o) { /* what a rank sends to itself */
+    char *from = o->in[0], *to = o->out[0];
+    uint64_t bytes = o->bytes;
+    if ((o->kind == GATHER || o->kind == SCATTER) && (int)o->root != c->rank) return;
+    switch (o->kind) {
+    case GATHER: case ALL_GATHER: to = o->out[c->rank]; break;
+    case SCATTER: from = o->in[c->rank]; break;
+    case ALL_TO_ALL: from = o->in[c->rank]; to = o->out[c->rank]; bytes = o->in_bytes[c->rank]; break;
+    default: return;
+    }
+    if (from != to && bytes) memmove(to, from, bytes);
+}
+
+static void begin(Context *c, Op *o) {
+    keep_own(c, o);
+    o->first = c->phase;
+    o->chunk = c->chunk;
+    o->phases = 1;
+    switch (o->kind) {
+    case BARRIER: break;
+    case ALL_REDUCE:
+        o->split = c->n > 2 && o->bytes > SMALL;
+        if (o->split) o->chunk = rounded(c->chunk / 2);
+        o->phases = pieces(o->bytes, o->chunk) + o->split + (o->bytes > SMALL);
+        break;
+    case REDUCE: case BROADCAST: case GATHER: o->phases = pieces(o->bytes, o->chunk); break;
+    case ALL_GATHER: o->phases = pieces(o->most, o->chunk); break;
+    case REDUCE_SCATTER: case SCATTER:
+        o->chunk = c->chunk / c->n / LINE * LINE;
+        o->phases = pieces(o->bytes, o->chunk);
+        break;
+    case ALL_TO_ALL: o->chunk = c->chunk / c->n / LINE * LINE; break; /* the first phase tells how many follow */
+    }
+}
+
+/* Which chunk a phase of an all-reduce is about: large ones begin with a phase that only looks where the tensors lie. */
+static uint64_t reduce_chunk(Op *o) { return o->k - (o->bytes > SMALL); }
+
+static void reduce_split(Context *c, Op *o, uint64_t k, uint64_t phase) {
+    uint64_t len = part(o, o->bytes, k), each = share(len, c->n), from = smaller(each * c->rank, len);
+    char *dst = data(c, c->rank, phase) + o->chunk, *src[c->n];
+    for (int r = 0; r < c->n; r++) src[r] = data(c, r, phase - 1) + from;
+    shm_reduce(&dst, 1, src, c->n, smaller(each, len - from), o->dtype, o->reduction);
+}
+static void reduce_shared(Context *c, Op *o, uint64_t phase) {
+    uint64_t each = share(o->bytes, c->n), from = smaller(each * c->rank, o->bytes);
+    char *all[c->n];
+    for (int r = 0; r < c->n; r++)
+        all[r] = (r == c->rank ? o->in[0] : in_heap(c, r, said(c, r, phase - 1)->heap)) + from;
+    shm_reduce(all, c->n, all, c->n, smaller(each, o->bytes - from), o->dtype, o->reduction);
+}
+
+static void put(Context *c, Op *o, uint64_t phase) {
+    char *to = data(c, c->rank, phase);
+    uint64_t at = o->k * o->chunk;
+    switch (o->kind) {
+    case ALL_REDUCE:
+        if (o->bytes > SMALL && o->k == 0) return;
+        if (o->shared) { reduce_shared(c, o, phase); return; }
+        at = reduce_chunk(o) * o->chunk;
+        if (at < o->bytes) memcpy(to, o->in[0] + at, part(o, o->bytes, reduce_chunk(o)));
+        if (o->split && reduce_chunk(o) > 0) reduce_split(c, o, reduce_chunk(o) - 1, phase);
+        return;
+    case REDUCE: case GATHER:
+        if ((int)o->root != c->rank) memcpy(to, o->in[0] + at, part(o, o->bytes, o->k));
+        return;
+    case BROADCAST:
+        if ((int)o->root == c->rank) memcpy(to, o->in[0] + at, part(o, o->bytes, o->k));
+        return;
+    case ALL_GATHER:
+        if (at < o->in_bytes[c->rank]) memcpy(to, o->in[0] + at, part(o, o->in_bytes[c->rank], o->k));
+        return;
+    case SCATTER:
+        if ((int)o->root != c->rank) return;
+        /* fall through */
+    case REDUCE_SCATTER:
+        for (int r = 0; r < c->n; r++)
+            if (r != c->rank) memcpy(to + r * o->chunk, o->in[r] + at, part(o, o->bytes, o->k));
+        return;
+    case ALL_TO_ALL:
+        if (o->k == 0) { memcpy(to, o->in_bytes, c->n * sizeof *o->in_bytes); return; }
+        at -= o->chunk;
+        for (int r = 0; r < c->n; r++)
+            if (r != c->rank && at < o->in_bytes[r])
+                memcpy(to + r * o->chunk, o->in[r] + at, part(o, o->in_bytes[r], o->k - 1));
+        return;
+    }
+}
+
+static void reduce_slots(Context *c, Op *o, uint64_t phase, uint64_t k, char *mine, uint64_t offset) {
+    char *src[c->n], *dst = o->out[0] + k * o->chunk;
+    for (int r = 0; r < c->n; r++) src[r] = r == c->rank ? mine : data(c, r, phase) + offset;
+    shm_reduce(&dst, 1, src, c->n, part(o, o->bytes, k), o->dtype, o->reduction);
+}
+
+static void look_where(Context *c, Op *o, uint64_t phase) { /* the first phase of a large all-reduce is over */
+    o->shared = 1;
+    for (int r = 0; r < c->n; r++) o->shared = o->shared && said(c, r, phase)->heap >= 0;
+    if (o->shared) o->phases = 2;
+}
+
+static void get(Context *c, Op *o, uint64_t phase) {
+    uint64_t at = o->k * o->chunk;
+    switch (o->kind) {
+    case ALL_REDUCE: {
+        if (o->bytes > SMALL && o->k == 0) { look_where(c, o, phase); return; }
+        if (o->shared) return;
+        uint64_t k = reduce_chunk(o);
+        if (!o->split) { reduce_slots(c, o, phase, k, o->in[0] + k * o->chunk, 0); return; }
+        if (k == 0) return;
+        uint64_t len = part(o, o->bytes, k - 1), each = share(len, c->n);
+        for (int r = 0; r < c->n; r++) {
+            uint64_t from = smaller(each * r, len);
+            memcpy(o->out[0] + (k - 1) * o->chunk + from, data(c, r, phase) + o->chunk, smaller(each, len - from));
+        }
+        return;
+    }
+    case REDUCE:
+        if ((int)o->root == c->rank) reduce_slots(c, o, phase, o->k, o->in[0] + at, 0);
+        return;
+    case BROADCAST:
+        if ((int)o->root != c->rank) memcpy(o->out[0] + at, data(c, o->root, phase), part(o, o->bytes, o->k));
+        return;
+    case GATHER:
+        if ((int)o->root != c->rank) return;
+        for (int r = 0; r < c->n; r++)
+            if (r != c->rank) memcpy(o->out[r] + at, data(c, r, phase), part(o, o->bytes, o->k));
+        return;
+    case ALL_GATHER:
+        for (int r = 0; r < c->n; r++)
+            if (r != c->rank && at < o->out_bytes[r]) memcpy(o->out[r] + at, data(c, r, phase), part(o, o->out_bytes[r], o->k));
+        return;
+    case SCATTER:
+        if ((int)o->root != c->rank)
+            memcpy(o->out[0] + at, data(c, o->root, phase) + c->rank * o->chunk, part(o, o->bytes, o->k));
+        return;
+    case REDUCE_SCATTER: reduce_slots(c, o, phase, o->k, o->in[c->rank] + at, c->rank * o->chunk); return;
+    case ALL_TO_ALL:
+        if (o->k == 0) {
+            uint64_t most = 0;
+            for (int r = 0; r < c->n; r++) most = said(c, r, phase)->most > most ? said(c, r, phase)->most : most;
+            o->phases = 1 + (most ? pieces(most, o->chunk) : 0);
+            return;
+        }
+        at -= o->chunk;
+        for (int r = 0; r < c->n; r++)
+            if (r != c->rank && at < o->out_bytes[r])
+                memcpy(o->out[r] + at, data(c, r, phase) + c->rank * o->chunk, part(o, o->out_bytes[r], o->k - 1));
+        return;
+    }
+}
+
+static void say(Context *c, Op *o, uint64_t phase) {
+    Said *s = said(c, c->rank, phase);
+    int placed = o->kind == ALL_REDUCE && o->bytes > SMALL && o->in[0] == o->out[0];
+    int64_t heap = placed ? o->in[0] - in_heap(c, c->rank, 0) : -1;
+    uint64_t mine = o->kind == ALL_GATHER ? o->in_bytes[c->rank] : o->bytes;
+    *s = (Said){o->serial, mine, o->most, heap >= 0 && (uint64_t)heap < c->heap ? heap : -1, o->kind, o->dtype, o->reduction, o->root};
+}
+
+static int reduces(uint32_t kind) { return kind == ALL_REDUCE || kind == REDUCE || kind == REDUCE_SCATTER; }
+
+static void describe(char *text, size_t room, const Said *s) {
+    if (s->kind == BARRIER) { snprintf(text, room, "a barrier"); return; }
+    int n = snprintf(text, room, "%s of %llu %s", KINDS[s->kind], (unsigned long long)(s->bytes / WIDTH[s->dtype]), DTYPES[s->dtype]);
+    if (reduces(s->kind)) n += snprintf(text + n, room - n, " by %s", REDUCTIONS[s->reduction]);
+    if (s->kind == REDUCE || s->kind == BROADCAST || s->kind == GATHER || s->kind == SCATTER)
+        snprintf(text + n, room - n, " with root %u", s->root);
+}
+
+/* `expected` are the bytes that each rank of an all-gather brings; elsewhere all bring alike. */
+static int disagree(const Said *mine, const Said *theirs, const uint64_t *expected, int rank) {
+    if (mine->kind != theirs->kind || mine->serial != theirs->serial) return 1;
+    if (mine->kind == BARRIER) return 0;
+    if (mine->dtype != theirs->dtype || mine->root != theirs->root) return 1;
+    if (reduces(mine->kind) && mine->reduction != theirs->reduction) return 1;
+    if (mine->kind == ALL_TO_ALL) return 0;
+    return theirs->bytes != (expected ? expected[rank] : mine->bytes);
+}
+
+/* Ranks that do different things would read each other's bytes as something else: they are told, by name. */
+static int same_call(Context *c, int rank, uint64_t phase, const uint64_t *expected) {
+    const Said *mine = said(c, c->rank, phase), *theirs = said(c, rank, phase);
+    char here[160], there[160];
+    if (!disagree(mine, theirs, expected, rank)) return 1;
+    describe(here, sizeof here, mine);
+    describe(there, sizeof there, theirs);
+    fail(c, "rank %d called %s where rank %d called %s (operation number %llu of this group)", c->names[c->rank], here,
+         c->names[rank], there, (unsigned long long)mine->serial);
+    return 0;
+}
+static int same_size(Context *c, Op *o, int rank, uint64_t phase) {
+    uint64_t sent = ((uint64_t *)data(c, rank, phase))[c->rank];
+    if (o->kind != ALL_TO_ALL || o->k || sent == o->out_bytes[rank]) return 1;
+    fail(c, "rank %d sends %llu bytes in an all_to_all to rank %d, which expects %llu", c->names[rank],
+         (unsigned long long)sent, c->names[c->rank], (unsigned long long)o->out_bytes[rank]);
+    return 0;
+}
+static int agreed(Context *c, Op *o, uint64_t phase) {
+    const uint64_t *expected = o->kind == ALL_GATHER ? o->out_bytes : NULL;
+    for (int r = 0; r < c->n; r++)
+        if (needs(c, o, r) && !(same_call(c, r, phase, expected) && same_size(c, o, r, phase))) return 0;
+    return 1;
+}
+/* Where only the root reads, or is read, the ranks are compared when the next phase begins. */
+static int agreed_before(Context *c, uint64_t phase) {
+    c->rooted = 0;
+    for (int r = 0; r < c->n; r++)
+        if (r != c->rank && !same_call(c, r, phase, NULL)) return 0;
+    return 1;
+}
+
+/* Go as far as the others let it; 1 once the operation has ended. */
+static int advance(Context *c, Op *o) {
+    for (; o->k < o->phases; o->k++, o->written = 0) {
+        uint64_t phase = o->first + o->k;
+        if (!o->written) {
+            if (!all_reached(c, phase)) return 0; /* they have read what this slot held two phases ago */
+            if (c->rooted && !agreed_before(c, phase - 1)) return 0;
+            say(c, o, phase);
+            put(c, o, phase);
+            atomic_store(&c->lines[c->rank].count, phase + 1);
+            ring_others(c);
+            o->written = 1;
+        }
+        if (!needed_reached(c, o, phase + 1)) return 0;
+        if (!agreed(c, o, phase)) return 0;
+        get(c, o, phase);
+    }
+    c->phase = o->first + o->phases;
+    c->rooted = o->kind == REDUCE || o->kind == BROADCAST || o->kind == GATHER || o->kind == SCATTER;
+    return 1;
+}
+
+/* ---- messages ---------------------------------------------------------------------------------------------------- */
+
+static char *stream(Pipe *p) { return (char *)(p + 1); }
+
+static void pour(Context *c, Pipe *p, uint64_t at, char *bytes, uint64_t n, int in) {
+    uint64_t from = at % c->pipe, first = smaller(n, c->pipe - from);
+    if (in) { memcpy(stream(p) + from, bytes, first); memcpy(stream(p), bytes + first, n - first); }
+    else { memcpy(bytes, stream(p) + from, first); memcpy(bytes + first, stream(p), n - first); }
+}
+
+static void finish(Op *o) { atomic_store_explicit(&o->done, 1, memory_order_release); }
+
+static int send_some(Context *c, int to) { /* 1 if an operation ended */
+    int ended = 0;
+    Op *o;
+    Pipe *p = pipe_of(c, c->rank, to);
+    while ((o = c->sends[to])) {
+        uint64_t at = atomic_load_explicit(&p->written, memory_order_relaxed), began = at;
+        uint64_t room = c->pipe - (at - atomic_load_explicit(&p->read, memory_order_acquire));
+        if (!o->framed && room >= sizeof(Frame)) {
+            Frame frame = {o->tag, o->bytes};
+            pour(c, p, at, (char *)&frame, sizeof frame, 1);
+            at += sizeof frame; room -= sizeof frame; o->framed = 1;
+        }
+        if (o->framed) {
+            uint64_t n = smaller(room, o->bytes - o->done_bytes);
+            pour(c, p, at, o->in[0] + o->done_bytes, n, 1);
+            o->done_bytes += n; at += n;
+        }
+        if (at != began) { atomic_store(&p->written, at); ring(c, to); }
+        if (!o->framed || o->done_bytes < o->bytes) return ended;
+        c->sends[to] = o->next;
+        finish(o);
+        ended = 1;
+    }
+    return ended;
+}
+
+static Op *take_receive(Context *c, int from, int64_t tag) {
+    for (Op **at = &c->receives; *at; at = &(*at)->next)
+        if (((*at)->peer == from || (*at)->peer < 0) && (*at)->tag == tag) {
+            Op *o = *at;
+            *at = o->next;
+            return o;
+        }
+    return NULL;
+}
+static int fits(Context *c, Op *o, int from, uint64_t bytes) {
+    if (o->bytes == bytes) return 1;
+    fail(c, "rank %d sent %llu bytes with tag %lld where rank %d receives %llu", c->names[from], (unsigned long long)bytes,
+         (long long)o->tag, c->names[c->rank], (unsigned long long)o->bytes);
+    return 0;
+}
+static void keep(Context *c, int from, Frame frame, char *bytes) {
+    Kept **at = &c->kept[from], *kept = malloc(sizeof *kept);
+    *kept = (Kept){frame, bytes, NULL};
+    while (*at) at = &(*at)->next;
+    *at = kept;
+}
+static void land(Context *c, Op *o, int from) { o->peer = from; finish(o); (void)c; }
+
+static int receive_some(Context *c, int from) {
+    int ended = 0;
+    Pipe *p = pipe_of(c, from, c->rank);
+    Incoming *now = &c->incoming[from];
+    for (;;) {
+        uint64_t at = atomic_load_explicit(&p->read, memory_order_relaxed), began = at;
+        uint64_t left = atomic_load_explicit(&p->written, memory_order_acquire) - at;
+        if (!now->active) {
+            if (!c->receives || left < sizeof(Frame)) return ended;
+            pour(c, p, at, (char *)&now->frame, sizeof(Frame), 0);
+            at += sizeof(Frame); left -= sizeof(Frame);
+            now->active = 1; now->got = 0;
+            now->op = take_receive(c, from, now->frame.tag);
+            if (now->op && !fits(c, now->op, from, now->frame.bytes)) return ended;
+            now->data = now->op ? now->op->out[0] : malloc(now->frame.bytes + 1);
+        }
+        uint64_t n = smaller(left, now->frame.bytes - now->got);
+        pour(c, p, at, now->data + now->got, n, 0);
+        now->got += n; at += n;
+        if (at != began) { atomic_store(&p->read, at); ring(c, from); }
+        if (now->got < now->frame.bytes) return ended;
+        now->active = 0;
+        if (!now->op) {                       /* somebody may have asked for it while it came */
+            now->op = take_receive(c, from, now->frame.tag);
+            if (now->op) {
+                if (!fits(c, now->op, from, now->frame.bytes)) return ended;
+                memcpy(now->op->out[0], now->data, now->frame.bytes);
+                free(now->data);
+            } else keep(c, from, now->frame, now->data);
+        }
+        if (now->op) { land(c, now->op, from); ended = 1; }
+    }
+}
+
+static int receive_kept(Context *c, Op *o) { /* a message that came before it was asked for */
+    for (int r = 0; r < c->n; r++) {
+        if (o->peer >= 0 && o->peer != r) continue;
+        for (Kept **at = &c->kept[r]; *at; at = &(*at)->next) {
+            Kept *kept = *at;
+            if (kept->frame.tag != o->tag) continue;
+            if (!fits(c, o, r, kept->frame.bytes)) return 1;
+            memcpy(o->out[0], kept->data, o->bytes);
+            *at = kept->next;
+            free(kept->data);
+            free(kept);
+            land(c, o, r);
+            return 1;
+        }
+    }
+    return 0;
+}
+
+/* ---- who does the work ------------------------------------------------------------------------------------------- */
+
+static void progress(Context *c) {
+    int ended = 0;
+    if (pthread_mutex_trylock(&c->lock)) return;
+    while (c->queue && !broken(c) && advance(c, c->queue)) {
+        Op *o = c->queue;
+        c->queue = o->next;
+        if (c->queue) begin(c, c->queue); else c->tail = NULL;
+        finish(o);
+        ended++;
+    }
+    for (int r = 0; r < c->n && c->messages && !broken(c); r++) {
+        ended += send_some(c, r);
+        ended += receive_some(c, r);
+    }
+    pthread_mutex_unlock(&c->lock);
+    if (ended) { atomic_fetch_sub(&c->open, ended); ring(c, c->rank); }
+}
+
+static int is_done(Op *o) { return atomic_load_explicit(&o->done, memory_order_acquire); }
+
+/* Sleep until a peer rings, at most for NAP_NS; the flag goes up before the last look, so that no ring is missed. */
+static void doze(Context *c, Op *o) {
+    Line *me = &c->lines[c->rank];
+    uint32_t seen = atomic_load(&me->bell);
+    atomic_fetch_add(&me->sleepers, 1);
+    progress(c);
+    if (!(o && is_done(o)) && !broken(c) && !(!o && !atomic_load(&c->open))) nap(&me->bell, seen, NAP_NS);
+    atomic_fetch_sub(&me->sleepers, 1);
+}
+
+static int state(Context *c, Op *o) { return is_done(o) ? OK : broken(c) ? FAILED : AGAIN; }
+
+/* OK when `o` has ended, FAILED when the group has, AGAIN after `slice_s` seconds. */
+int shm_wait(Context *c, Op *o, double slice_s) {
+    progress(c);
+    if (state(c, o) != AGAIN) return state(c, o);
+    int64_t began = now_ns(), limit = began + (int64_t)(slice_s * 1e9), looked = began;
+    atomic_fetch_add(&c->waiting, 1);
+    for (int turn = 0; state(c, o) == AGAIN; turn++) {
+        int64_t now = now_ns();
+        if (now >= limit) break;
+        if (c->crowded ? turn < YIELDS : now - began < SPIN_NS) {
+            if (c->crowded) sched_yield(); else RELAX();
+            progress(c);
+            continue;
+        }
+        doze(c, o);
+        if (state(c, o) == AGAIN && now_ns() - looked >= NAP_NS) {
+            looked = now_ns();
+            progress(c);
+            if (state(c, o) == AGAIN) bury(c, o);
+        }
+    }
+    atomic_fetch_sub(&c->waiting, 1);
+    return state(c, o);
+}
+
+int shm_test(Context *c, Op *o) {
+    if (!is_done(o)) progress(c);
+    return state(c, o);
+}
+
+/* The helper goes on with what nobody waits for. It leaves what is waited for at once to the waiting thread. */
+static void *help(void *given) {
+    Context *c = given;
+    int idle = 0;
+    struct timespec pause = {0, HELP_AFTER_NS};
+    while (!atomic_load(&c->closing)) {
+        if (!atomic_load(&c->open)) {
+            if (++idle < LINGER) { nanosleep(&pause, NULL); continue; }
+            atomic_store(&c->asleep, 1);
+            while (!atomic_load(&c->open) && !atomic_load(&c->closing))
+                syscall(SYS_futex, &c->asleep, FUTEX_WAIT, 1, NULL, NULL, 0);
+            atomic_store(&c->asleep, 0);
+        }
+        idle = 0;
+        nanosleep(&pause, NULL);
+        if (atomic_load(&c->waiting) || broken(c)) continue;
+        doze(c, NULL);
+    }
+    return NULL;
+}
+static void wake_helper(Context *c) {
+    if (!c->helped) c->helped = pthread_create(&c->helper, NULL, help, c) == 0;
+    int yes = 1;
+    if (atomic_compare_exchange_strong(&c->asleep, &yes, 0)) syscall(SYS_futex, &c->asleep, FUTEX_WAKE, 1, NULL, NULL, 0);
+}
+
+/* ---- calls from outside ------------------------------------------------------------------------------------------ */
+
+/* `base` is the mapped segment, zeroed when it was made; names[r] is what errors call rank r, watched[r] an open
+ * /proc/PID/stat of it, or -1. `crowded` when there are more ranks than cores: then waiting gives the core away. */
+Context *shm_open_group(char *base, int rank, int n, uint64_t chunk, uint64_t pipe, uint64_t heap, int crowded,
+                        const int *names, const int *watched) {
+    Context *c = calloc(1, sizeof *c);
+    c->base = base; c->rank = rank; c->n = n; c->chunk = chunk; c->pipe = pipe; c->heap = heap; c->crowded = crowded;
+    c->heaps = base + shm_fixed(n, chunk, pipe);
+    c->head = (Head *)base;
+    c->lines = (Line *)(base + sizeof(Head));
+    c->names = calloc(n, sizeof *c->names);
+    c->watched = calloc(n, sizeof *c->watched);
+    memcpy(c->names, names, n * sizeof *names);
+    memcpy(c->watched, watched, n * sizeof *watched);
+    c->sends = calloc(n, sizeof *c->sends);
+    c->incoming = calloc(n, sizeof *c->incoming);
+    c->kept = calloc(n, sizeof *c->kept);
+    pthread_mutex_init(&c->lock, NULL);
+    return c;
+}
+
+static Op *make(uint32_t kind, int n) {
+    Op *o = calloc(1, sizeof *o + 2 * n * (sizeof *o->in + sizeof *o->in_bytes));
+    o->kind = kind;
+    o->in = (char **)(o + 1);
+    o->out = o->in + n;
+    o->in_bytes = (uint64_t *)(o->out + n);
+    o->out_bytes = o->in_bytes + n;
+    return o;
+}
+
+/* Start a collective. in, out: pointers, one or one for each rank as the operation has it; sizes in bytes. NULL when
+ * the group has failed. The tensors must live until the operation has ended, and the handle must be released. */
+Op *shm_start(Context *c, int kind, int dtype, int reduction, int root, uint64_t bytes, int ins, char **in,
+              uint64_t *in_bytes, int outs, char **out, uint64_t *out_bytes) {
+    if (broken(c)) return NULL;
+    Op *o = make(kind, c->n);
+    o->dtype = dtype; o->reduction = reduction; o->root = root; o->bytes = bytes;
+    for (int i = 0; i < ins; i++) { o->in[i] = in[i]; o->in_bytes[i] = in_bytes ? in_bytes[i] : bytes; }
+    for (int i = 0; i < outs; i++) { o->out[i] = out[i]; o->out_bytes[i] = out_bytes ? out_bytes[i] : bytes; }
+    if (kind == ALL_GATHER) {
+        o->in_bytes[c->rank] = bytes;
+        for (int r = 0; r < c->n; r++) o->most = o->out_bytes[r] > o->most ? o->out_bytes[r] : o->most;
+    }
+    if (kind == ALL_TO_ALL)
+        for (int r = 0; r < c->n; r++)
+            if (r != c->rank && o->in_bytes[r] > o->most) o->most = o->in_bytes[r];
+    pthread_mutex_lock(&c->lock);
+    o->serial = ++c->serial;
+    if (c->tail) c->tail->next = o; else { c->queue = o; begin(c, o); }
+    c->tail = o;
+    pthread_mutex_unlock(&c->lock);
+    atomic_fetch_add(&c->open, 1);
+    wake_helper(c);
+    return o;
+}
+
+/* Start a message of `bytes` to or from `peer` (-1: from anybody). */
+Op *shm_message(Context *c, int kind, int peer, int64_t tag, char *at, uint64_t bytes) {
+    if (broken(c)) return NULL;
+    Op *o = make(kind, 1), **last;
+    o->peer = peer; o->tag = tag; o->bytes = bytes;
+    o->in[0] = o->out[0] = at;
+    pthread_mutex_lock(&c->lock);
+    atomic_fetch_add(&c->open, 1);
+    c->messages = 1;
+    if (kind == RECV && receive_kept(c, o)) atomic_fetch_sub(&c->open, 1);
+    else {
+        last = kind == SEND ? &c->sends[peer] : &c->receives;
+        while (*last) last = &(*last)->next;
+        *last = o;
+    }
+    pthread_mutex_unlock(&c->lock);
+    progress(c);
+    if (!is_done(o)) wake_helper(c);
+    return o;
+}
+
+/* The rank that a message came from. */
+int shm_peer(Op *o) { return (int)o->peer; }
+
+static void unlink_op(Op **at, Op *o) {
+    while (*at && *at != o) at = &(*at)->next;
+    if (*at) *at = o->next;
+}
+/* Forget an operation that has ended, or one of a group that has failed: its tensors are not touched any more. */
+void shm_release(Context *c, Op *o) {
+    if (!is_done(o)) {
+        pthread_mutex_lock(&c->lock);
+        unlink_op(&c->queue, o);
+        unlink_op(&c->receives, o);
+        for (int r = 0; r < c->n; r++) {
+            unlink_op(&c->sends[r], o);
+            if (c->incoming[r].op == o) c->incoming[r] = (Incoming){0};
+        }
+        pthread_mutex_unlock(&c->lock);
+    }
+    free(o);
+}
+
+/* Writes the ranks that have not arrived where this one waits; returns how many. */
+int shm_late(Context *c, int *ranks) {
+    int found = 0;
+    uint64_t mine = atomic_load(&c->lines[c->rank].count);
+    for (int r = 0; r < c->n; r++)
+        if (r != c->rank && !reached(c, r, mine)) ranks[found++] = c->names[r];
+    return found;
+}
+
+/* This rank starts nothing any more, and no thread of the group runs afterwards. */
+void shm_leave(Context *c) {
+    atomic_store(&c->lines[c->rank].left, 1);
+    ring_others(c);
+    atomic_store(&c->closing, 1);
+    if (!c->helped) return;
+    atomic_store(&c->asleep, 0);
+    syscall(SYS_futex, &c->asleep, FUTEX_WAKE, 1, NULL, NULL, 0);
+    pthread_join(c->helper, NULL);
+    c->helped = 0;
+}
+void shm_free(Context *c) {
+    for (int r = 0; r < c->n; r++)
+        for (Kept *next, *k = c->kept[r]; k; k = next) { next = k->next; free(k->data); free(k); }
+    free(c->names); free(c->watched); free(c->sends); free(c->incoming); free(c->kept);
+    pthread_mutex_destroy(&c->lock);
+    free(c);
+}
