@@ -33,7 +33,7 @@ Ratios are taken round by round; their interval is a {METHOD}.
 def write_page(results: Path = RESULTS, docs: Path = DOCS) -> list[Path]:
     """Write the page and one picture for each result in `results`; returns the files."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
-    names = [name for name in BENCHMARKS if name in found] + [name for name in found if name not in BENCHMARKS]
+    names = sorted(found, key=lambda name: (list(BENCHMARKS).index(benchmark_of(name)), name))
     pictures = docs / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
@@ -49,18 +49,27 @@ def write_page(results: Path = RESULTS, docs: Path = DOCS) -> list[Path]:
     return [page, *written]
 
 
+def benchmark_of(name: str) -> str:
+    """`data_parallel-h100` holds a result of `data_parallel`, on another machine."""
+    return name.split("-")[0]
+
+
 def plotted(name: str, rows: Sequence[Row]) -> list[Row]:
     """The rows of the metric that the picture shows."""
-    metric = PLOTTED.get(name) or (rows[0]["metric"] if rows else "")
+    metric = PLOTTED.get(benchmark_of(name)) or (rows[0]["metric"] if rows else "")
     return [row for row in rows if row["metric"] == metric]
 
 
 def section(name: str, document: Mapping[str, Any], picture: Path) -> str:
     """One benchmark in Markdown: what it measures, on which machine, the picture, and a table for each case."""
-    lines = [f"## {name}", ""]
-    if name in BENCHMARKS:
-        lines += [BENCHMARKS[name][0].upper() + BENCHMARKS[name][1:] + ".", ""]
-    lines += [f"`python -m bench {name}` on: {in_words(dict(document['machine']))}.", "", f"![{name}]({picture})", ""]
+    what = BENCHMARKS[benchmark_of(name)]
+    lines = [f"## {name}", "", what[0].upper() + what[1:] + ".", ""]
+    lines += [
+        f"`python -m bench {benchmark_of(name)}` on: {in_words(dict(document['machine']))}.",
+        "",
+        f"![{name}]({picture})",
+        "",
+    ]
     cases = list(dict.fromkeys(row["case"] for row in document["rows"]))
     for case in cases:
         lines += [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import select
@@ -42,12 +43,18 @@ class RankFailed(AssertionError):
 
 
 def run_ranks(
-    n: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 60, may_die: tuple[int, ...] = ()
+    n: int,
+    fn: Callable[..., Any],
+    *args: Any,
+    timeout_s: float = 60,
+    may_die: tuple[int, ...] = (),
+    patience_s: float = PATIENCE_S,
 ) -> list[Any]:
     """Call `fn(Rank, *args)` on `n` forked ranks with one torch thread each; their results in rank order.
 
     Raises RankFailed with the first rank's traceback, or when a rank ends without a result (unless it is in
-    `may_die`: then its result is None), or after `timeout_s` seconds. No rank outlives the call.
+    `may_die`: then its result is None), or after `timeout_s` seconds. No rank outlives the call. Rank 0, which
+    serves the store, waits at most `patience_s` seconds for the others to finish.
     """
     listener = listen()
     pids: list[int] = []
@@ -59,7 +66,7 @@ def run_ranks(
         pid = os.fork()
         if pid == 0:
             os.close(reader)
-            _child(rank, n, listener, writer, fn, args)
+            _child(rank, n, listener, writer, fn, args, patience_s)
         os.close(writer)
         pids.append(pid)
         pipes.append(reader)
@@ -75,7 +82,9 @@ def run_ranks(
     return _results(raw, timeout_s, may_die)
 
 
-def _child(rank: int, n: int, listener: Any, writer: int, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _child(
+    rank: int, n: int, listener: Any, writer: int, fn: Callable[..., Any], args: tuple[Any, ...], patience_s: float
+) -> None:
     """Never returns: a forked rank must not run pytest's own end."""
     try:
         torch.set_num_threads(1)
@@ -85,7 +94,7 @@ def _child(rank: int, n: int, listener: Any, writer: int, fn: Callable[..., Any]
         store = open_store(descriptor, port, rank, n, 30) if n > 1 else None
         answer = (True, fn(Rank(rank, n, store), *args))
         if store is not None:
-            _leave_together(store, rank, n)
+            _leave_together(store, rank, n, patience_s)
     except BaseException:
         answer = (False, traceback.format_exc())
     try:
@@ -101,12 +110,13 @@ def _child(rank: int, n: int, listener: Any, writer: int, fn: Callable[..., Any]
     os._exit(0)
 
 
-def _leave_together(store: dist.Store, rank: int, n: int) -> None:
+def _leave_together(store: dist.Store, rank: int, n: int, patience_s: float) -> None:
     """The rank that serves the store leaves last, or the others would see it end; the dead are not waited for long."""
     if rank != 0:
-        store.set(f"tests/finished/{rank}", "")  # unlike add, this waits for no answer
+        with contextlib.suppress(dist.DistNetworkError):  # the rank that serves it was killed
+            store.set(f"tests/finished/{rank}", "")  # unlike add, this waits for no answer
         return
-    end = time.monotonic() + PATIENCE_S
+    end = time.monotonic() + patience_s
     while time.monotonic() < end and not store.check([f"tests/finished/{r}" for r in range(1, n)]):
         time.sleep(0.005)
 

@@ -17,7 +17,7 @@ from shardwise.cluster.process import Starter
 from shardwise.errors import ClusterError
 from shardwise.spec.cluster import Cluster, Device, Link, Node
 
-HOST_LINK = Link(latency_s=0.3e-3, bandwidth=0.9e9)  # gloo over loopback, rough: links are measured by a calibration
+HOST_LINK = Link(latency_s=20e-6, bandwidth=10e9)  # shared memory, rough: links are measured by a calibration
 GPU_LINK = Link(latency_s=20e-6, bandwidth=20e9)  # PCIe 4.0 x16 as GPUs without NVLink reach it
 _SMI_LIMIT_S = 20.0
 _UNLIMITED = 1 << 60  # cgroup v1 writes "no limit" as a number just below 2^63

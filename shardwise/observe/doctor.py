@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -61,6 +62,7 @@ def examine(*, runs: Path, cache: Path, probe: Callable[[], dict[str, Any]] | No
         _cores(),
         _memory(),
         *_torch(probe or probe_torch),
+        _kernel(),
         _space(runs),
         *(_writable(name, folder) for name, folder in (("runs", runs), ("cache", cache))),
         *_optional(),
@@ -157,6 +159,14 @@ def _torch(probe: Callable[[], dict[str, Any]]) -> Iterator[Finding]:
     fix = f"Install a build of torch with {needed}; see pytorch.org." if lacks else ""
     said = ", ".join(there) or "none"
     yield Finding(topic="backends", said=said, verdict="missing" if lacks else "ok", fix=fix)
+
+
+def _kernel() -> Finding:
+    if importlib.util.find_spec("shardwise.comm._shm") is not None:
+        return Finding(topic="shared memory", said="the compiled kernel is there")
+    said = "no compiled kernel: ranks of one host talk over gloo, several times slower"
+    fix = "Install a C compiler and then shardwise again." if sys.platform == "linux" else ""
+    return Finding(topic="shared memory", said=said, verdict="note", fix=fix)
 
 
 def _space(runs: Path) -> Finding:

@@ -16,9 +16,18 @@ from torch import nn
 
 from shardwise.comm.collectives import broadcast_all, gather_bytes, gather_rows
 from shardwise.comm.group import Group
+from shardwise.comm.kernel import library
 from shardwise.errors import CommError, SpecError
 from shardwise.spec.plan import Plan
 from tests.ranks import Rank, RankFailed, run_ranks
+
+
+@pytest.fixture(autouse=True, params=["gloo", "shm"])
+def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forked ranks inherit it."""
+    if request.param == "shm" and library() is None:
+        pytest.skip("built without a C compiler")
+    monkeypatch.setenv("SHARDWISE_TRANSPORT", request.param)
 
 
 def group_of(rank: Rank, **settings: Any) -> Group:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -98,3 +99,11 @@ def test_the_probe_says_why_a_child_failed(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(doctor, "PROBE", "while True: pass")
     monkeypatch.setattr(doctor, "PROBE_S", 0.2)
     assert doctor.probe_torch() == {"error": "import torch took more than 0 s"}
+
+
+@pytest.mark.parametrize(("spec", "verdict"), [(None, "note"), (object(), "ok")])
+def test_the_kernel_of_shared_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: object, verdict: str
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    assert found(tmp_path)["shared memory"].verdict == verdict

@@ -1,0 +1,473 @@
+"""`Shm` beside gloo: the same operations give the same tensors; what goes wrong is an error that names the rank."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import random
+import signal
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shardwise.comm.group import Group
+from shardwise.comm.kernel import kernel, library
+from shardwise.comm.shm import CHUNK, DTYPES, PIPE, REDUCTIONS, Shm
+from shardwise.errors import CommError
+from tests.ranks import Rank, run_ranks
+
+pytestmark = pytest.mark.skipif(library() is None, reason="built without a C compiler")
+
+SIZES = [0, 1, 3, 64, 1000, 8191, 8193, CHUNK // 4, CHUNK // 4 + 7, 300_001]
+OPERATIONS = [
+    "all_reduce",
+    "reduce",
+    "broadcast",
+    "all_gather",
+    "all_gather_single",
+    "reduce_scatter_single",
+    "gather",
+    "scatter",
+    "all_to_all_single",
+    "uneven",
+]
+REDUCED = [
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int8,
+    torch.uint8,
+    torch.int32,
+    torch.int64,
+]
+
+
+def shm_of(rank: Rank, **more: Any) -> Group:
+    group = rank.mesh(**more).axis("data").group
+    assert group is not None
+    assert isinstance(group._inners["cpu"].backend, Shm)
+    return group
+
+
+# The same numbers as gloo.
+
+
+def data(seed: int, rank: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    made = torch.Generator().manual_seed(1000 * seed + rank)
+    if dtype.is_floating_point:
+        return torch.randn(numel, generator=made).to(dtype)
+    return torch.randint(0, 5, (numel,), generator=made).to(dtype)
+
+
+def perform(group: Any, case: dict[str, Any], rank: Rank) -> list[torch.Tensor]:
+    """Run one operation on `group`; what this rank holds afterwards."""
+    n, me, numel, root = rank.world, rank.rank, case["numel"], case["root"] % rank.world
+    mine = data(case["seed"], me, numel, case["dtype"])
+    op = getattr(dist.ReduceOp, case["reduction"])
+    name = case["op"]
+    if name in ("all_reduce", "reduce"):
+        call = dist.all_reduce if name == "all_reduce" else lambda t, **k: dist.reduce(t, root, **k)
+        call(mine, op=op, group=group)
+        return [mine] if name == "all_reduce" or me == root else []
+    if name == "broadcast":
+        dist.broadcast(mine, root, group=group)
+        return [mine]
+    if name == "all_gather":
+        out = [torch.empty_like(mine) for _ in range(n)]
+        dist.all_gather(out, mine, group=group)
+        return out
+    if name == "all_gather_single":
+        whole = mine.new_empty(n * numel)
+        dist.all_gather_single(whole, mine, group=group)
+        return [whole]
+    if name == "gather":
+        out = [torch.empty_like(mine) for _ in range(n)] if me == root else None
+        dist.gather(mine, out, dst=root, group=group)
+        return out or []
+    if name == "scatter":
+        parts = [data(case["seed"] + r, root, numel, case["dtype"]) for r in range(n)] if me == root else None
+        dist.scatter(mine, parts, src=root, group=group)
+        return [mine]
+    whole = data(case["seed"], me, n * numel, case["dtype"])
+    if name == "reduce_scatter_single":
+        dist.reduce_scatter_single(mine, whole, op=op, group=group)
+        return [mine]
+    if name == "all_to_all_single":
+        out_tensor = torch.empty_like(whole)
+        dist.all_to_all_single(out_tensor, whole, group=group)
+        return [out_tensor]
+    draw = random.Random(case["seed"])
+    sizes = [[draw.randrange(0, 2 + numel // 2) for _ in range(n)] for _ in range(n)]  # sizes[from][to]
+    taken = [row[me] for row in sizes]
+    out_tensor = mine.new_empty(sum(taken))
+    dist.all_to_all_single(
+        out_tensor, data(case["seed"], me, sum(sizes[me]), case["dtype"]), taken, sizes[me], group=group
+    )
+    return [out_tensor]
+
+
+def compare(rank: Rank, cases: list[dict[str, Any]]) -> list[str]:
+    ours = shm_of(rank)
+    gloo = dist.new_group(backend="gloo")
+    wrong = []
+    for case in cases:
+        for mine, theirs in zip(perform(ours, case, rank), perform(gloo, case, rank), strict=True):
+            loose = case["dtype"] in (torch.bfloat16, torch.float16)
+            if not torch.allclose(
+                mine.double(), theirs.double(), rtol=2e-2 if loose else 1e-6, atol=2e-2 if loose else 1e-6
+            ):
+                wrong.append(f"{case}: {mine} but {theirs}")
+    return wrong
+
+
+CASES = st.fixed_dictionaries(
+    {
+        "op": st.sampled_from(OPERATIONS),
+        "numel": st.sampled_from(SIZES),
+        "dtype": st.sampled_from(REDUCED),
+        "reduction": st.sampled_from(["SUM", "PRODUCT", "MIN", "MAX"]),
+        "root": st.integers(0, 3),
+        "seed": st.integers(0, 50),
+    }
+)
+
+
+@settings(max_examples=12, deadline=None)
+@given(n=st.integers(2, 4), cases=st.lists(CASES, min_size=8, max_size=16))
+def test_every_operation_agrees_with_gloo(n: int, cases: list[dict[str, Any]]) -> None:
+    for wrong in run_ranks(n, compare, cases):
+        assert wrong == []
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS, ids=lambda each: each.name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_kernel_reduces_like_torch(dtype: torch.dtype, reduction: Any) -> None:
+    if reduction.name.startswith("B") and dtype.is_floating_point:
+        pytest.skip("bitwise operations take integers")
+    rows = [data(seed, 0, 2500, dtype) for seed in range(3)]
+    out = torch.empty(2500, dtype=dtype)
+    pointers = (ctypes.c_void_p * 3)(*[row.data_ptr() for row in rows])
+    kernel().shm_reduce(
+        ctypes.byref(ctypes.c_void_p(out.data_ptr())), 1, pointers, 3, out.nbytes, DTYPES[dtype], REDUCTIONS[reduction]
+    )
+    assert torch.equal(out, fold(rows, reduction.name))
+
+
+def fold(rows: list[torch.Tensor], reduction: str) -> torch.Tensor:
+    """Row by row from the first, halves in float32 and rounded once."""
+    dtype = rows[0].dtype
+    exact = torch.float32 if dtype in (torch.float16, torch.bfloat16) else torch.int64 if dtype == torch.bool else dtype
+    pair = {
+        "SUM": torch.add,
+        "AVG": torch.add,
+        "PRODUCT": torch.mul,
+        "MIN": torch.minimum,
+        "MAX": torch.maximum,
+        "BAND": torch.bitwise_and,
+        "BOR": torch.bitwise_or,
+        "BXOR": torch.bitwise_xor,
+    }[reduction]
+    total = functools.reduce(pair, [row.to(exact) for row in rows])
+    if reduction == "AVG":
+        total = total / len(rows) if exact.is_floating_point else total // len(rows)
+    return total.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_to_nearest_even(dtype: torch.dtype) -> None:
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    other = every.roll(12345)
+    out = torch.empty_like(every)
+    pointers = (ctypes.c_void_p * 2)(every.data_ptr(), other.data_ptr())
+    kernel().shm_reduce(ctypes.byref(ctypes.c_void_p(out.data_ptr())), 1, pointers, 2, out.nbytes, DTYPES[dtype], 0)
+    expected = (every.float() + other.float()).to(dtype)
+    same = (out.view(torch.int16) == expected.view(torch.int16)) | (out.isnan() & expected.isnan())
+    assert bool(same.all())
+
+
+# Tensors in shared memory.
+
+
+def in_place(rank: Rank) -> list[Any]:
+    group = shm_of(rank)
+    found: list[Any] = []
+    for numel in (5, 50_000, 1_000_003):
+        tensor = group.zeros(numel, torch.float32, torch.device("cpu"))
+        assert float(tensor.abs().sum()) == 0
+        values = data(7, rank.rank, numel, torch.float32)
+        tensor.copy_(values)
+        piece = tensor[1:]
+        group.all_reduce(piece).wait()
+        plain = values[1:].clone()
+        group.all_reduce(plain).wait()
+        found += [float(tensor[0]) == float(values[0]), torch.equal(piece, plain)]
+    mixed = group.zeros(100_000, torch.float32, torch.device("cpu")) if rank.rank else torch.zeros(100_000)
+    mixed += rank.rank
+    group.all_reduce(mixed).wait()
+    found.append(float(mixed[0]) == sum(range(rank.world)) and bool((mixed == mixed[0]).all()))
+    return found
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_shared_tensors_give_the_same_bits(n: int) -> None:
+    for found in run_ranks(n, in_place):
+        assert found == [True] * 7
+
+
+def reuse(rank: Rank) -> tuple[int, bool]:
+    group = shm_of(rank)
+    heap = group._inners["cpu"].backend.heap
+    before = list(heap._free)
+    for _ in range(3):
+        views = [group.zeros(100_000, torch.float32, torch.device("cpu")).view(100, 1000)[2:] for _ in range(4)]
+        views[0].fill_(3.0)
+        del views
+    again = group.zeros(100_000, torch.float32, torch.device("cpu"))
+    clean = float(again.abs().sum()) == 0.0
+    del again
+    return len(heap._free), heap._free == before and clean
+
+
+def test_shared_memory_comes_back_and_is_zero_again() -> None:
+    assert run_ranks(2, reuse) == [(1, True)] * 2
+
+
+# Messages.
+
+
+def exchange(rank: Rank) -> list[bool]:
+    shm_of(rank)
+    me, other = rank.rank, 1 - rank.rank
+    big = torch.full((PIPE,), float(me))  # four times what the pipe holds, both ways at once
+    into = torch.empty(PIPE)
+    works = dist.batch_isend_irecv([dist.P2POp(dist.isend, big, other), dist.P2POp(dist.irecv, into, other)])
+    for work in works:
+        work.wait()
+    found = [bool((into == other).all())]
+    if me == 0:
+        sent = [dist.isend(torch.full((3,), float(tag)), 1, tag=tag) for tag in (1, 2, 3)]
+        for each in sent:
+            each.wait()
+    else:
+        time.sleep(0.05)
+        for tag in (3, 1, 2):
+            got = torch.empty(3)
+            dist.recv(got, 0, tag=tag)
+            found.append(float(got[0]) == tag)
+    dist.barrier()
+    return found
+
+
+def test_messages_pass_each_other_and_find_their_tags() -> None:
+    assert run_ranks(2, exchange) == [[True], [True] * 4]
+
+
+def from_anybody(rank: Rank) -> list[int]:
+    shm_of(rank)
+    if rank.rank:
+        dist.send(torch.tensor([float(rank.rank)]), 0)
+        return []
+    found = []
+    for _ in range(rank.world - 1):
+        got = torch.empty(1)
+        source = dist.recv(got)
+        found.append((source, int(got)))
+    return [source for source, value in sorted(found) if source == value]
+
+
+def test_a_message_from_anybody_says_from_whom() -> None:
+    assert run_ranks(3, from_anybody)[0] == [1, 2]
+
+
+# What nobody waits for.
+
+
+def unattended(rank: Rank) -> float:
+    group = shm_of(rank)
+    began = time.monotonic()
+    tensor = torch.ones(3 * CHUNK)
+    work = group.all_reduce(tensor)
+    if rank.rank == 0:
+        time.sleep(0.6)  # busy elsewhere: the helper takes part
+        work.wait()
+        return 0.0
+    work.wait()
+    return time.monotonic() - began
+
+
+def test_an_operation_goes_on_while_its_owner_is_elsewhere() -> None:
+    assert run_ranks(2, unattended)[1] < 0.4
+
+
+def forgotten(rank: Rank) -> float:
+    group = shm_of(rank)
+    for _ in range(20):
+        group.all_reduce(torch.ones(100_000))  # neither the work nor the tensor is kept
+    last = torch.ones(1)
+    group.all_reduce(last).wait()
+    return float(last)
+
+
+def test_tensors_of_forgotten_work_live_until_it_has_ended() -> None:
+    assert run_ranks(2, forgotten) == [2.0, 2.0]
+
+
+# Failure.
+
+
+def disagreement(rank: Rank, what: str) -> str:
+    group = shm_of(rank)
+    odd = rank.rank == 1
+    try:
+        if what == "operation" and odd:
+            group.broadcast([torch.ones(4)], root=0).wait()
+        elif what == "root":
+            group.broadcast([torch.ones(4)], root=int(odd)).wait()
+            group.barrier().wait()
+        elif what == "dtype":
+            group.all_reduce(torch.ones(4, dtype=torch.float64 if odd else torch.float32)).wait()
+        elif what == "reduction":
+            group.all_reduce(torch.ones(4), dist.ReduceOp.MAX if odd else dist.ReduceOp.SUM).wait()
+        elif what == "uneven":
+            rows = [2, 2] if odd else [1, 3]
+            group.all_to_all_single(torch.empty(4), torch.ones(4), rows, [2, 2]).wait()
+        else:
+            group.all_reduce(torch.ones(5 if odd else 4)).wait()
+    except CommError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("shape", ["all_reduce of 5 float32", "all_reduce of 4 float32"]),
+        ("dtype", ["float64", "float32"]),
+        ("operation", ["broadcast of 4 float32", "all_reduce of 4 float32"]),
+        ("reduction", ["by max", "by sum"]),
+        ("root", ["with root 0", "with root 1"]),
+        ("uneven", ["sends 8 bytes", "expects"]),
+    ],
+)
+def test_ranks_that_disagree_are_told_what_each_called(what: str, words: list[str]) -> None:
+    for text in run_ranks(2, disagreement, what):
+        assert "rank 0" in text
+        assert "rank 1" in text
+        assert all(word in text for word in words)
+
+
+def killed(rank: Rank, held_bytes: int) -> tuple[float, str]:
+    group = shm_of(rank)
+    assert rank.store is not None
+    if rank.rank == 1:
+        memory = torch.ones(held_bytes // 4)
+        rank.store.set("victim", f"{os.getpid()}")
+        time.sleep(60)
+        return float(memory[0]), ""
+    rank.store.wait(["victim"])
+    work = group.all_reduce(torch.ones(1000))
+    if rank.rank == 0:
+        time.sleep(0.1)
+        rank.store.set("killed", repr(time.monotonic()))
+        os.kill(int(rank.store.get("victim")), signal.SIGKILL)
+    try:
+        work.wait()
+    except CommError as error:
+        return time.monotonic() - float(rank.store.get("killed")), str(error)
+    return 0.0, "no error"
+
+
+@pytest.mark.parametrize("held", [0, 2 << 30])
+def test_a_death_is_known_at_once_whatever_memory_it_held(held: int) -> None:
+    delays = []
+    for result in run_ranks(3, killed, held, may_die=(1,), patience_s=0.2):
+        if result is not None:
+            delays.append(result[0])
+            assert "rank 1 died" in result[1]
+    assert len(delays) == 2
+    assert max(delays) < 0.1  # 20 ms where the cores are free
+
+
+def left(rank: Rank) -> str:
+    group = shm_of(rank)
+    group.all_reduce(torch.ones(10)).wait()
+    if rank.rank == 1:
+        group.shutdown()
+        return ""
+    try:
+        group.all_reduce(torch.ones(10)).wait()
+    except CommError as error:
+        return str(error)
+    return "no error"
+
+
+def test_who_left_is_missed_only_by_those_that_wait_for_it() -> None:
+    assert "rank 1 left the group" in run_ranks(2, left)[0]
+
+
+def no_trace(rank: Rank) -> bool:
+    mesh = rank.mesh()
+    dist.barrier()
+    return any("memfd:shardwise" in line for line in open("/proc/self/maps")) and mesh is not None
+
+
+def test_nothing_is_left_behind() -> None:
+    before = set(os.listdir("/dev/shm"))
+    assert run_ranks(2, no_trace) == [True, True]
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+def random_death(rank: Rank, seed: int) -> str:
+    """Operations at random until one rank kills itself at random, within one or between two."""
+    group = shm_of(rank)
+    draw = random.Random(seed)
+    victim, last = draw.randrange(rank.world), draw.randrange(3, 30)
+    mine = random.Random(seed * 10 + rank.rank)
+    try:
+        for step in range(1000):
+            if rank.rank == victim and step == last:
+                delay = mine.random() * 0.002
+                pid = os.getpid()
+                if os.fork() == 0:
+                    time.sleep(delay)
+                    os.kill(pid, signal.SIGKILL)
+                    os._exit(0)
+            kind, numel = draw.choice(["all_reduce", "all_gather", "shared"]), draw.choice([1, 1000, 200_000])
+            if kind == "all_gather":
+                whole = torch.empty(rank.world * numel)
+                group.all_gather_single(whole, torch.full((numel,), float(rank.rank))).wait()
+                assert all(bool((whole[r * numel : (r + 1) * numel] == r).all()) for r in range(rank.world))
+                continue
+            cpu = torch.device("cpu")
+            tensor = group.zeros(numel, torch.float32, cpu) if kind == "shared" else torch.zeros(numel)
+            tensor += rank.rank + 1
+            group.all_reduce(tensor).wait()
+            assert bool((tensor == sum(range(1, rank.world + 1))).all())
+    except CommError as error:
+        return f"{victim}: {error}"
+    return "no error"
+
+
+def survive(seeds: range) -> None:
+    for seed in seeds:
+        world = 2 + seed % 3
+        victim = random.Random(seed).randrange(world)
+        for rank, text in enumerate(run_ranks(world, random_death, seed, may_die=(victim,), patience_s=0)):
+            if rank != victim:
+                assert f"rank {victim} died" in text, (seed, text)
+
+
+def test_random_deaths() -> None:
+    survive(range(25))
+
+
+@pytest.mark.slow
+def test_a_thousand_random_deaths() -> None:
+    survive(range(25, 1025))
