@@ -1,4 +1,4 @@
-"""`docs/benchmarks.md` and its pictures, written from the committed results: `python -m bench.page`."""
+"""`docs/benchmarks.md`, its pictures and the README's table, written from committed results: `python -m bench.page`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from bench.rows import Row, number
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, DOCS = ROOT / "bench" / "results", ROOT / "docs"
+README = ROOT / "README.md"
+MARKS = ("<!-- data_parallel: written by python -m bench.page -->", "<!-- end -->")
 PLOTTED = {"data_parallel": "ratio_to_ddp"}  # the metric of the picture; elsewhere that of the first row
 TABLE = ("| system | metric | median | range or interval | target | |", "|---|---|--:|---|---|---|")
 HEAD = f"""\
@@ -47,6 +49,27 @@ def write_page(results: Path = RESULTS, docs: Path = DOCS) -> list[Path]:
     page = docs / "benchmarks.md"
     page.write_text("\n".join(parts))
     return [page, *written]
+
+
+def write_readme(results: Path = RESULTS, readme: Path = README) -> None:
+    """Fill the README's table, between its two marks, with the ratios of `data_parallel`."""
+    rows = json.loads((results / "data_parallel.json").read_text())["rows"]
+    text = readme.read_text()
+    before, _, rest = text.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    readme.write_text(f"{before}{MARKS[0]}\n{ratio_table(rows)}\n{MARKS[1]}{after}")
+
+
+def ratio_table(rows: Sequence[Row]) -> str:
+    """One line a case, one column a system: the median of its ratio to plain DDP and the interval."""
+    ratios = [row for row in rows if row["metric"] == "ratio_to_ddp"]
+    systems = list(dict.fromkeys(row["system"] for row in ratios))
+    lines = [f"| case (batch a rank) | {' | '.join(systems)} |", "|---" * (1 + len(systems)) + "|"]
+    for case in dict.fromkeys(row["case"] for row in ratios):
+        found = {row["system"]: row for row in ratios if row["case"] == case}
+        cells = [f"{f['median']:.3f} ({f['low']:.3f} - {f['high']:.3f})" for f in map(found.__getitem__, systems)]
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def benchmark_of(name: str) -> str:
@@ -98,3 +121,4 @@ def _table_line(row: Row) -> str:
 
 if __name__ == "__main__":
     sys.stdout.write("".join(f"{path}\n" for path in write_page()))
+    write_readme()

@@ -37,11 +37,11 @@ class Subject:
 
     def run(self, steps: int, deadline_s: float) -> list[Message]:
         """Let every rank do `steps` steps; each answers `{"seconds": [...], "losses": [...]}`. Raises Lost."""
-        return self._ask({"do": "run", "steps": steps}, deadline_s)
+        return self.ask({"do": "run", "steps": steps}, deadline_s)
 
     def checksums(self, deadline_s: float) -> list[float]:
         """What every rank's `checksum()` returns. Raises Lost."""
-        return [float(answer["checksum"]) for answer in self._ask({"do": "checksum"}, deadline_s)]
+        return [float(answer["checksum"]) for answer in self.ask({"do": "checksum"}, deadline_s)]
 
     def dismiss(self) -> None:
         """Tell the ranks to stop, without waiting for it."""
@@ -85,7 +85,8 @@ class Subject:
             self.facts |= {key: value for key, value in hello.items() if key not in ("rank", "world", "pid")}
         self.lines = [found[rank] for rank in sorted(found)]
 
-    def _ask(self, command: Message, deadline_s: float) -> list[Message]:
+    def ask(self, command: Message, deadline_s: float) -> list[Message]:
+        """What every rank answers to `command`. Raises Lost."""
         end = time.monotonic() + deadline_s
         answers: list[Message] = []
         try:

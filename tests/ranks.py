@@ -17,6 +17,7 @@ import torch
 import torch._dynamo  # optimizers import it; once here instead of in every forked rank
 import torch.distributed as dist
 
+from shardwise.comm.group import Group
 from shardwise.comm.mesh import Mesh, connect
 from shardwise.comm.store import listen, open_store
 from shardwise.spec.plan import Plan
@@ -93,6 +94,8 @@ def _child(
         listener.close()
         store = open_store(descriptor, port, rank, n, 30) if n > 1 else None
         answer = (True, fn(Rank(rank, n, store), *args))
+        if isinstance(dist.group.WORLD, Group):
+            dist.group.WORLD.shutdown()  # a rank that ends without it has died, for the others
         if store is not None:
             _leave_together(store, rank, n, patience_s)
     except BaseException:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed.distributed_c10d as dist
 
-from shardwise.comm.shm import connect_shm
+from shardwise.comm.shm_connect import connect_shm
 from shardwise.errors import CommError, MissingPackage
 
 TRANSPORT = "SHARDWISE_TRANSPORT"  # auto, shm or gloo: what carries host memory between ranks

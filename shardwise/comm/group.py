@@ -18,26 +18,30 @@ import torch.distributed.distributed_c10d as dist
 from torch._C._distributed_c10d import AllgatherOptions
 from torch._C._distributed_c10d import Backend as NativeBackend
 
-from shardwise.comm.backends import BACKENDS, Inner, Membership
+from shardwise.comm.backends import BACKENDS, Inner, Membership, shm
 from shardwise.comm.shm import Shm
 from shardwise.comm.shm_work import ShmFailure
 from shardwise.comm.store import LOOPBACK, first_line
 from shardwise.comm.work import GuardedWork, Tag
 from shardwise.errors import CommError
 
-NAME = "shardwise"
+NAME, SHM = "shardwise", "shm"
 REMEMBERED = 64
 REPORT_S = 0.5  # how long a failed rank waits for the others to report, to say who did not
 
 
 class GroupSettings(NamedTuple):
-    """How `torch.distributed` is to make a Group: passed as `pg_options`. `host` None leaves the interface to gloo."""
+    """How `torch.distributed` is to make a Group: passed as `pg_options`. `host` None leaves the interface to gloo.
+
+    `backend` is the name that the group goes by; as "shm" it shares memory or fails.
+    """
 
     devices: tuple[str, ...] = ("cpu",)
     host: str | None = LOOPBACK
     threads: int = 1
     timeout_s: float = 0.0
     generation: int = 0
+    backend: str = NAME
 
 
 class Group(dist.ProcessGroup):
@@ -82,7 +86,7 @@ class Group(dist.ProcessGroup):
     # Identity, as torch.distributed asks for it.
 
     def getBackendName(self) -> str:
-        return NAME
+        return self.settings.backend
 
     def getGroupName(self) -> str:
         return self._name
@@ -187,7 +191,9 @@ class Group(dist.ProcessGroup):
         """A 1-D tensor of zeros; in shared memory where the ranks have some: they reduce that without a copy."""
         inner = self._inners.get(device.type)
         if inner is not None and isinstance(inner.backend, Shm):
-            return inner.backend.heap.allocate(numel, dtype)
+            shared = inner.backend.heap.allocate(numel, dtype)
+            if shared is not None:
+                return shared
         return torch.zeros(numel, dtype=dtype, device=device)
 
     def _run(self, op: str, tensors: Any, call: Callable[[Any], Any]) -> GuardedWork:
@@ -340,7 +346,7 @@ def create(options: Any, settings: Any) -> Group:
     timeout_s = settings.timeout_s or options.timeout.total_seconds()
     ranks = tuple(options.global_ranks_in_group) or tuple(range(options.group_size))
     inners = {
-        device: BACKENDS[device](
+        device: (shm if settings.backend == SHM else BACKENDS[device])(
             Membership(
                 dist.PrefixStore(device, options.store),
                 options.group_rank,
@@ -364,10 +370,17 @@ def create(options: Any, settings: Any) -> Group:
     )
 
 
+def create_shm(options: Any, settings: Any) -> Group:
+    """The same for backend "shm": host memory only, shared or an error."""
+    given = settings if isinstance(settings, GroupSettings) else GroupSettings()
+    return create(options, given._replace(backend=SHM, devices=("cpu",)))
+
+
 def register() -> None:
-    """Make "shardwise" a backend name that `init_process_group` and `new_group` know. Does nothing the second time."""
-    if NAME.upper() not in dist.Backend._plugins:
-        dist.Backend.register_backend(NAME, create, extended_api=True, devices=["cpu", "cuda"])
+    """Make "shardwise" and "shm" backend names that `init_process_group` and `new_group` know. May be called again."""
+    for name, function, devices in ((NAME, create, ["cpu", "cuda"]), (SHM, create_shm, ["cpu"])):
+        if name.upper() not in dist.Backend._plugins:
+            dist.Backend.register_backend(name, function, extended_api=True, devices=devices)
 
 
 def _quietly(call: Callable[..., None], *args: Any) -> None:

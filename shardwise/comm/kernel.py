@@ -54,7 +54,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "shm_release": (None, [c_void_p, c_void_p]),
     "shm_abort": (None, [c_void_p, c_char_p]),
     "shm_why": (c_int, [c_void_p, c_void_p, c_int]),
-    "shm_late": (c_int, [c_void_p, c_void_p]),
+    "shm_settle": (None, [c_void_p]),
     "shm_leave": (None, [c_void_p]),
     "shm_free": (None, [c_void_p]),
     "shm_reduce": (None, [c_void_p, c_int, c_void_p, c_int, c_uint64, c_int, c_int]),

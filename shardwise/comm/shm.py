@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import functools
 import mmap
 import os
 import weakref
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +16,8 @@ import torch.distributed.distributed_c10d as dist
 from torch import Tensor
 
 from shardwise.comm.heap import Heap
-from shardwise.comm.kernel import Kind, Outcome, kernel, library
-from shardwise.comm.shm_work import Completer, ShmFailure, ShmWork, Started, Together
-from shardwise.errors import CommError
+from shardwise.comm.kernel import Kind, Outcome, kernel
+from shardwise.comm.shm_work import ShmFailure, ShmWork, Started, Together
 
 CHUNK = 256 << 10  # bytes that a rank writes before the others read: two of them stay in a core's own cache
 PIPE = 64 << 10  # bytes that a message may run ahead of its receiver
@@ -57,40 +57,43 @@ class Shm:
     rank that died, ranks that call different operations, `abort`) ends the group on all ranks.
     """
 
-    def __init__(self, segment: mmap.mmap, rank: int, ranks: Sequence[int], files: Sequence[int], heap: int) -> None:
+    def __init__(self, segment: mmap.mmap, rank: int, ranks: Sequence[int], files: Sequence[int]) -> None:
         size = len(ranks)
         self.rank = rank
         self.size = size
         self.ranks = tuple(ranks)
-        self._segment = segment
-        self._files = list(
-            files
-        )  # /proc/PID/stat of each rank, and the segment, which the others open through this one
+        self._process = os.getpid()
+        self._files = list(files)  # /proc/PID/stat of each rank, and the segment: the others open it through this one
         self._kernel = kernel()
         self._base = (ctypes.c_char * 1).from_buffer(segment)
         crowded = size > len(os.sched_getaffinity(0))
         names, watched = (ctypes.c_int * size)(*ranks), (ctypes.c_int * size)(*files[:size])
         self.context = self._kernel.shm_open_group(
-            ctypes.addressof(self._base), rank, size, CHUNK, PIPE, heap, crowded, names, watched
+            ctypes.addressof(self._base), rank, size, CHUNK, PIPE, HEAP, crowded, names, watched
         )
-        self._leave = weakref.finalize(self, self._kernel.shm_leave, self.context)  # also when the process ends
-        self.heap = Heap(segment, self._kernel.shm_fixed(size, CHUNK, PIPE) + rank * heap, heap)
+        self.heap = Heap(segment, self._kernel.shm_fixed(size, CHUNK, PIPE) + rank * HEAP, HEAP)
         self._orphans: list[tuple[int, Any]] = []
-        self._completer: Completer | None = None
+        self._at_exit = functools.partial(_leave, weakref.ref(self))
+        atexit.register(self._at_exit)
 
     def __del__(self) -> None:
-        if getattr(self, "context", None):
-            self._leave()
+        if getattr(self, "context", None) and self._mine():
+            self.leave()
             self._kernel.shm_free(self.context)
-        for descriptor in getattr(self, "_files", ()):
-            if descriptor >= 0:
-                os.close(descriptor)
+            for descriptor in self._files:
+                if descriptor >= 0:
+                    os.close(descriptor)
+
+    def _mine(self) -> bool:
+        """False in a forked child: the group, its threads and its memory belong to the rank that made them."""
+        return os.getpid() == self._process
 
     # Failure.
 
     def abort(self, why: str = "the group was aborted") -> None:
         """All ranks that wait in this group, or call it from now on, get ShmFailure with this text."""
         self._kernel.shm_abort(self.context, why.encode())
+        self.heap.close()
 
     def why(self) -> str:
         """Why the group ended; empty while it lives."""
@@ -98,16 +101,11 @@ class Shm:
         self._kernel.shm_why(self.context, text, len(text))
         return text.value.decode(errors="replace")
 
-    def late(self) -> list[int]:
-        """The ranks that have not arrived where this one waits."""
-        found = (ctypes.c_int * self.size)()
-        return list(found[: self._kernel.shm_late(self.context, found)])
-
     def leave(self) -> None:
-        """Start nothing any more. Others fail when they wait for what this rank has not sent."""
-        if self._completer is not None:
-            self._completer.stop()
-        self._leave()
+        """Start nothing any more. Others fail when they wait for what this rank has not sent. May be called again."""
+        if self._mine():
+            atexit.unregister(self._at_exit)
+            self._kernel.shm_leave(self.context)
 
     # Reductions.
 
@@ -122,9 +120,10 @@ class Shm:
         return self._each([self._reduced(Kind.REDUCE, t, [t], [t], opts.reduceOp, root=root) for t in tensors])
 
     def reduce_scatter(self, outputs: Sequence[Tensor], inputs: Sequence[Sequence[Tensor]], opts: Any) -> Started:
-        works = [
-            self._reduced(Kind.REDUCE_SCATTER, o, i, [o], opts.reduceOp) for o, i in zip(outputs, inputs, strict=True)
-        ]
+        works: list[Started] = []
+        for output, pieces in zip(outputs, inputs, strict=True):
+            self._alike(pieces, output, "inputs of reduce_scatter")
+            works.append(self._reduced(Kind.REDUCE_SCATTER, output, pieces, [output], opts.reduceOp))
         return self._each(works)
 
     def _reduce_scatter_base(self, output: Tensor, input: Tensor, opts: Any) -> Started:
@@ -136,7 +135,11 @@ class Shm:
         return self._each([self._moved(Kind.BROADCAST, t, [t], [t], root=opts.rootRank) for t in tensors])
 
     def allgather(self, outputs: Sequence[Sequence[Tensor]], inputs: Sequence[Tensor], opts: Any = None) -> Started:
-        works = [self._moved(Kind.ALL_GATHER, i, [i], o) for o, i in zip(outputs, inputs, strict=True)]
+        works: list[Started] = []
+        for pieces, input in zip(outputs, inputs, strict=True):
+            self._alike(pieces, input, "outputs of all_gather", uneven=True)
+            _same_size(pieces[self.rank], input, "this rank's own output and input of all_gather")
+            works.append(self._moved(Kind.ALL_GATHER, input, [input], pieces, [pieces]))
         return self._each(works)
 
     def allgather_coalesced(self, outputs: Sequence[Sequence[Tensor]], inputs: Sequence[Tensor], opts: Any) -> Started:
@@ -144,27 +147,39 @@ class Shm:
         return self.allgather(by_input, inputs, opts)
 
     def _allgather_base(self, output: Tensor, input: Tensor, opts: Any) -> Started:
-        return self._moved(Kind.ALL_GATHER, input, [input], self._cut(output, input))
+        whole = output.contiguous()
+        back = [] if whole is output else [(output, whole)]
+        return self._moved(Kind.ALL_GATHER, input, [input], self._cut(whole, input), [output], back)
 
     def gather(self, outputs: Sequence[Sequence[Tensor]], inputs: Sequence[Tensor], opts: Any) -> Started:
         mine = outputs[0] if self.rank == opts.rootRank else []
-        return self._moved(Kind.GATHER, inputs[0], inputs[:1], mine, root=opts.rootRank)
+        if self.rank == opts.rootRank:
+            self._alike(mine, inputs[0], "outputs of gather")
+        return self._moved(Kind.GATHER, inputs[0], inputs[:1], mine, [mine], root=opts.rootRank)
 
     def scatter(self, outputs: Sequence[Tensor], inputs: Sequence[Sequence[Tensor]], opts: Any) -> Started:
         mine = inputs[0] if self.rank == opts.rootRank else []
+        if self.rank == opts.rootRank:
+            self._alike(mine, outputs[0], "inputs of scatter")
         return self._moved(Kind.SCATTER, outputs[0], mine, outputs[:1], root=opts.rootRank)
 
-    def alltoall(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any) -> Started:
+    def alltoall(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any) -> ShmWork:
+        self._alike(inputs, inputs[0], "inputs of all_to_all", uneven=True)
+        self._alike(outputs, inputs[0], "outputs of all_to_all", uneven=True)
+        _same_size(outputs[self.rank], inputs[self.rank], "this rank's own output and input of all_to_all")
         return self._moved(Kind.ALL_TO_ALL, inputs[0], inputs, outputs, alike=False)
 
     def alltoall_base(
         self, output: Tensor, input: Tensor, out_rows: Sequence[int], in_rows: Sequence[int], opts: Any
     ) -> Started:
-        return self.alltoall(self._rows(output, out_rows), self._rows(input, in_rows), opts)
+        whole = output.contiguous()
+        works = self.alltoall(self._rows(whole, out_rows), self._rows(input.contiguous(), in_rows), opts)
+        if whole is not output:
+            works.returns([output], [(output, whole)])
+        return works
 
     def barrier(self, opts: Any) -> Started:
-        handle = self._kernel.shm_start(self.context, Kind.BARRIER, 0, 0, 0, 0, 0, None, None, 0, None, None)
-        return self._work(handle, ())
+        return self._work(self._kernel.shm_start, (Kind.BARRIER, 0, 0, 0, 0, 0, None, None, 0, None, None), (), [], ())
 
     # Messages.
 
@@ -210,13 +225,14 @@ class Shm:
         like: Tensor,
         inputs: Sequence[Tensor],
         outputs: Sequence[Tensor],
+        results: Sequence[Any] | None = None,
+        back: Sequence[tuple[Tensor, Tensor]] = (),
         *,
         root: int = 0,
         alike: bool = True,
-    ) -> Started:
-        return self._start(
-            kind, DTYPES.get(like.dtype, AS_BYTES), 0, root, like.nbytes if alike else 0, inputs, outputs
-        )
+    ) -> ShmWork:
+        code, nbytes = DTYPES.get(like.dtype, AS_BYTES), like.nbytes if alike else 0
+        return self._start(kind, code, 0, root, nbytes, inputs, outputs, results, back)
 
     def _start(
         self,
@@ -227,56 +243,59 @@ class Shm:
         nbytes: int,
         inputs: Sequence[Tensor],
         outputs: Sequence[Tensor],
-    ) -> Started:
-        landed = [each if each.is_contiguous() else each.contiguous() for each in outputs]
-        given = [each if each.is_contiguous() else each.contiguous() for each in inputs]
-        if kind is Kind.ALL_REDUCE and landed[0] is not outputs[0]:
-            given = landed  # a reduction in place, of a copy
-        handle = self._kernel.shm_start(
-            self.context,
-            kind,
-            dtype,
-            reduction,
-            root,
-            nbytes,
-            len(given),
-            _pointers(given),
-            _sizes(given),
-            len(landed),
-            _pointers(landed),
-            _sizes(landed),
+        results: Sequence[Any] | None = None,
+        back: Sequence[tuple[Tensor, Tensor]] = (),
+    ) -> ShmWork:
+        landed = [each if each.is_contiguous() else each.detach().contiguous() for each in outputs]
+        if kind is Kind.ALL_REDUCE and inputs[0] is outputs[0]:
+            given = landed  # in place, or in the place of a copy
+        else:
+            given = [each if each.is_contiguous() else each.detach().contiguous() for each in inputs]
+        copied = [*back, *((o, c) for o, c in zip(outputs, landed, strict=True) if o is not c)]
+        return self._work(
+            self._kernel.shm_start,
+            (kind, dtype, reduction, root, nbytes, len(given), _pointers(given), _sizes(given))
+            + (len(landed), _pointers(landed), _sizes(landed)),
+            (given, landed),
+            list(results if results is not None else outputs),
+            copied,
         )
-        back = [(o, c) for o, c in zip(outputs, landed, strict=True) if o is not c]
-        return self._work(handle, (given, landed, outputs), back)
 
-    def _message(self, kind: Kind, tensor: Tensor, peer: int, tag: int) -> Started:
-        landed = tensor.contiguous()
-        handle = self._kernel.shm_message(self.context, kind, peer, tag, landed.data_ptr(), landed.nbytes)
-        back = [(tensor, landed)] if kind is Kind.RECV and landed is not tensor else []
-        return self._work(handle, landed, back)
+    def _message(self, kind: Kind, tensor: Tensor, peer: int, tag: int) -> ShmWork:
+        landed = tensor.detach().contiguous()
+        back = [(tensor, landed)] if kind is Kind.RECV and not tensor.is_contiguous() else []
+        arguments = (kind, peer, tag, landed.data_ptr(), landed.nbytes)
+        return self._work(self._kernel.shm_message, arguments, landed, [tensor], back)
 
-    def _work(self, handle: int | None, tensors: Any, back: Sequence[tuple[Tensor, Tensor]] = ()) -> ShmWork:
-        if handle is None:
-            raise ShmFailure(self.why())
+    def _work(self, start: Any, arguments: tuple[Any, ...], given: Any, results: list[Any], back: Any) -> ShmWork:
         if self._orphans:
             self._sweep()
-        return ShmWork(self, handle, tensors, back)
+        try:
+            handle = start(self.context, *arguments)
+            if handle is not None:
+                return ShmWork(self, handle, given, results, back)
+        except BaseException:  # Ctrl-C, after the operation began: nobody would hold its tensors
+            self.abort("it was interrupted")
+            self._kernel.shm_settle(self.context)
+            raise
+        raise ShmFailure(self.why())
 
     def _each(self, works: list[Started]) -> Started:
-        return works[0] if len(works) == 1 else Together(works, self)
+        return works[0] if len(works) == 1 else Together(works)
 
-    def adopt(self, handle: int, tensors: Any) -> None:
-        """Nobody holds the work of an operation under way: its tensors must live until it has ended."""
-        self._orphans.append((handle, tensors))
+    def drop(self, handle: int, tensors: Any, *, ended: bool) -> None:
+        """Nobody holds the work any more. The tensors of an operation under way must live until it has ended."""
+        if not self._mine():
+            return
+        if ended or self.test(handle) != Outcome.AGAIN:
+            self._kernel.shm_release(self.context, handle)
+        else:
+            self._orphans.append((handle, tensors))
 
     def _sweep(self) -> None:
-        left = []
-        for handle, tensors in self._orphans:
-            if self._kernel.shm_test(self.context, handle) == Outcome.AGAIN:
-                left.append((handle, tensors))
-            else:
-                self._kernel.shm_release(self.context, handle)
-        self._orphans = left
+        orphans, self._orphans = self._orphans, []
+        for handle, tensors in orphans:
+            self.drop(handle, tensors, ended=False)
 
     def wait(self, handle: int, slice_s: float) -> int:
         """OK once the operation has ended, AGAIN after `slice_s` seconds, FAILED when the group has."""
@@ -287,24 +306,30 @@ class Shm:
         found: int = self._kernel.shm_test(self.context, handle)
         return found
 
-    def release(self, handle: int) -> None:
-        self._kernel.shm_release(self.context, handle)
-
     def source(self, handle: int) -> int:
         return int(self._kernel.shm_peer(handle))
 
-    def completer(self) -> Completer:
-        """What completes the futures of this group's work."""
-        self._completer = self._completer or Completer()
-        return self._completer
-
     def _cut(self, whole: Tensor, piece: Tensor) -> list[Tensor]:
         """`whole` as one flat piece for each rank."""
+        if whole.dtype != piece.dtype or not whole.device.type == piece.device.type == "cpu":
+            raise ValueError(
+                f"a {whole.dtype} tensor on {whole.device} has no pieces of {piece.dtype} on {piece.device}."
+            )
         if whole.numel() != piece.numel() * self.size:
             raise ValueError(
                 f"a tensor of {whole.numel()} elements cannot be {self.size} pieces of {piece.numel()} elements."
             )
         return list(whole.reshape(-1).split(piece.numel())) if piece.numel() else [whole] * self.size
+
+    def _alike(self, pieces: Sequence[Tensor], like: Tensor, what: str, *, uneven: bool = False) -> None:
+        """Raises ValueError unless each rank has a piece, of the type and (unless `uneven`) the size of `like`."""
+        if len(pieces) != self.size:
+            raise ValueError(f"{what}: {len(pieces)} tensors were given for {self.size} ranks.")
+        for piece in pieces:
+            if piece.dtype != like.dtype or piece.device.type != "cpu" or like.device.type != "cpu":
+                raise ValueError(f"{what}: {piece.dtype} on {piece.device} beside {like.dtype} on {like.device}.")
+            if not uneven:
+                _same_size(piece, like, what)
 
     def _rows(self, tensor: Tensor, rows: Sequence[int]) -> list[Tensor]:
         if not rows:
@@ -316,43 +341,15 @@ class Shm:
         return list(tensor.split(list(rows)))
 
 
-def connect_shm(store: dist.Store, rank: int, ranks: Sequence[int]) -> Shm | None:
-    """The shared memory of the ranks of a group, or None (on all of them) when they cannot have one.
-
-    They cannot when they run on different hosts or for different users, or when one has no compiled kernel. The memory
-    is an anonymous file: nobody else can open it, and it goes when the last of the processes does, however it ends.
-    Collective. Raises RuntimeError when a rank does not answer within the store's time limit.
-    """
-    size = len(ranks)
-    store.set(f"shm/{rank}", f"{os.getpid()} {_place()}")
-    told = [store.get(f"shm/{r}").decode().split(" ", 1) for r in range(size)]
-    if len({place for _, place in told}) > 1 or not told[0][1]:
-        return None
-    fixed = kernel().shm_fixed(size, CHUNK, PIPE)
-    length = fixed + size * HEAP
-    if rank == 0:
-        descriptor = os.memfd_create("shardwise", os.MFD_CLOEXEC)
-        os.ftruncate(descriptor, length)
-        store.set("shm/file", str(descriptor))
-    else:
-        number = store.get("shm/file").decode()
-        descriptor = os.open(f"/proc/{told[0][0]}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
-    try:
-        segment = mmap.mmap(descriptor, length, mmap.MAP_SHARED | getattr(mmap, "MAP_NORESERVE", 0x4000))
-    except (OSError, ValueError) as error:
-        os.close(descriptor)
-        raise CommError(f"rank {rank} cannot map {length >> 30} GiB of addresses for shared memory: {error}.") from None
-    stats = [f"/proc/{pid}/stat" for pid, _ in told]
-    watched = [-1 if r == rank else os.open(stat, os.O_RDONLY | os.O_CLOEXEC) for r, stat in enumerate(stats)]
-    return Shm(segment, rank, ranks, [*watched, descriptor], HEAP)
+def _leave(shm: weakref.ref[Shm]) -> None:
+    alive = shm()
+    if alive is not None:
+        alive.leave()
 
 
-def _place() -> str:
-    """Alike for processes that can share memory; empty where this one cannot."""
-    if library() is None or not hasattr(os, "memfd_create"):
-        return ""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {os.readlink('/proc/self/ns/pid')} {os.getuid()}"
+def _same_size(one: Tensor, other: Tensor, what: str) -> None:
+    if one.numel() != other.numel():
+        raise ValueError(f"{what} have {one.numel()} and {other.numel()} elements.")
 
 
 def _real(tensors: Sequence[Tensor]) -> list[Tensor]:

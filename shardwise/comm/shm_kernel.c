@@ -157,8 +157,8 @@ static inline uint16_t to_f16(float f) {
                 switch (op) {                                                                                          \
                 case SUM: case AVG: for (size_t i = 0; i < m; i++) acc[i] = (A)(acc[i] + LOADER(s[i])); break;         \
                 case PRODUCT: for (size_t i = 0; i < m; i++) acc[i] = (A)(acc[i] * LOADER(s[i])); break;               \
-                case MIN: for (size_t i = 0; i < m; i++) { A b = LOADER(s[i]); acc[i] = b < acc[i] ? b : acc[i]; } break; \
-                case MAX: for (size_t i = 0; i < m; i++) { A b = LOADER(s[i]); acc[i] = b > acc[i] ? b : acc[i]; } break; \
+                case MIN: for (size_t i = 0; i < m; i++) { A b = LOADER(s[i]); acc[i] = b < acc[i] || b != b ? b : acc[i]; } break; \
+                case MAX: for (size_t i = 0; i < m; i++) { A b = LOADER(s[i]); acc[i] = b > acc[i] || b != b ? b : acc[i]; } break; \
                 BITS                                                                                                   \
                 }                                                                                                      \
             }                                                                                                          \
@@ -206,7 +206,7 @@ static uint64_t pipes_at(int n, uint64_t chunk) { return slots_at(n) + (uint64_t
 /* Bytes of the segment before the heaps: head, counters, slots, pipes. `chunk` and `pipe` are multiples of 64. */
 uint64_t shm_fixed(int n, uint64_t chunk, uint64_t pipe) {
     uint64_t end = pipes_at(n, chunk) + (uint64_t)n * n * (sizeof(Pipe) + pipe);
-    return (end + 4095) / 4096 * 4096;
+    return (end + 65535) / 65536 * 65536; /* the largest page there is */
 }
 
 static char *slot(Context *c, int rank, uint64_t phase) {
@@ -263,9 +263,10 @@ void shm_abort(Context *c, const char *why) { fail(c, "%s", why); }
 
 /* Copies why the group failed; returns its length, 0 if it has not. */
 int shm_why(Context *c, char *text, int room) {
-    while (atomic_load(&c->head->failed) == 1) sched_yield();
+    int64_t limit = now_ns() + 100000000; /* whoever writes it may have been killed while it did */
+    while (atomic_load(&c->head->failed) == 1 && now_ns() < limit) sched_yield();
     if (!broken(c)) return 0;
-    snprintf(text, room, "%s", c->head->why);
+    snprintf(text, room, "%s", atomic_load(&c->head->failed) == 2 ? c->head->why : "a rank failed, and died before it said why");
     return (int)strlen(text);
 }
 
@@ -274,7 +275,7 @@ static int dead(Context *c, int rank) {
     char text[512];
     if (rank == c->rank || c->watched[rank] < 0) return 0;
     ssize_t got = pread(c->watched[rank], text, sizeof text - 1, 0);
-    if (got <= 0) return 1;
+    if (got <= 0) return got == 0 || errno == ESRCH;
     text[got] = 0;
     char *rest = strrchr(text, ')');
     char state;
@@ -284,18 +285,24 @@ static int dead(Context *c, int rank) {
 }
 /* Whether `o` waits for something that `rank` has not sent. */
 static int held_up_by(Context *c, Op *o, int rank) {
-    if (o->kind == SEND || o->kind == RECV) return o->peer < 0 || o->peer == rank;
+    if (o->kind == SEND || o->kind == RECV) return o->peer == rank;
     return atomic_load(&c->lines[rank].count) < atomic_load(&c->lines[c->rank].count);
 }
-static void bury(Context *c, Op *o) {
+/* The rank that `o` waits for in vain because it left, or -1; a message from anybody needs only one that is there. */
+static int gone(Context *c, Op *o) {
+    int found = -1, present = 0;
     for (int r = 0; r < c->n; r++) {
         if (r == c->rank) continue;
-        if (atomic_load(&c->lines[r].left)) {
-            if (held_up_by(c, o, r)) fail(c, "rank %d left the group before it took part", c->names[r]);
-        } else if (dead(c, r)) fail(c, "rank %d died", c->names[r]);
+        if (!atomic_load(&c->lines[r].left)) present++;
+        else if (found < 0 && (o->peer < 0 || held_up_by(c, o, r))) found = r;
     }
+    return o->peer < 0 && present ? -1 : found;
 }
-
+static int first_dead(Context *c) {
+    for (int r = 0; r < c->n; r++)
+        if (!atomic_load(&c->lines[r].left) && dead(c, r)) return r;
+    return -1;
+}
 /* ---- collectives ------------------------------------------------------------------------------------------------- */
 
 static int reached(Context *c, int rank, uint64_t count) {
@@ -677,9 +684,9 @@ static int receive_kept(Context *c, Op *o) { /* a message that came before it wa
 
 /* ---- who does the work ------------------------------------------------------------------------------------------- */
 
-static void progress(Context *c) {
+static void go_on(Context *c, int (*lock)(pthread_mutex_t *)) {
     int ended = 0;
-    if (pthread_mutex_trylock(&c->lock)) return;
+    if (lock(&c->lock)) return;
     while (c->queue && !broken(c) && advance(c, c->queue)) {
         Op *o = c->queue;
         c->queue = o->next;
@@ -696,6 +703,10 @@ static void progress(Context *c) {
 }
 
 static int is_done(Op *o) { return atomic_load_explicit(&o->done, memory_order_acquire); }
+
+static void progress(Context *c) { go_on(c, pthread_mutex_trylock); } /* unless another thread is at it */
+/* A rank that died or left may have sent before all that is waited for: look once more before it is blamed. */
+static void look_again(Context *c) { go_on(c, pthread_mutex_lock); }
 
 /* Sleep until a peer rings, at most for NAP_NS; the flag goes up before the last look, so that no ring is missed. */
 static void doze(Context *c, Op *o) {
@@ -726,8 +737,12 @@ int shm_wait(Context *c, Op *o, double slice_s) {
         doze(c, o);
         if (state(c, o) == AGAIN && now_ns() - looked >= NAP_NS) {
             looked = now_ns();
-            progress(c);
-            if (state(c, o) == AGAIN) bury(c, o);
+            int lost = first_dead(c), left = gone(c, o);
+            if (lost < 0 && left < 0) continue;
+            look_again(c);
+            if (state(c, o) != AGAIN) break;
+            if (lost >= 0) fail(c, "rank %d died", c->names[lost]);
+            else if (left >= 0) fail(c, "rank %d left the group before it took part", c->names[left]);
         }
     }
     atomic_fetch_sub(&c->waiting, 1);
@@ -743,23 +758,34 @@ int shm_test(Context *c, Op *o) {
 static void *help(void *given) {
     Context *c = given;
     int idle = 0;
+    int64_t looked = 0;
     struct timespec pause = {0, HELP_AFTER_NS};
     while (!atomic_load(&c->closing)) {
         if (!atomic_load(&c->open)) {
             if (++idle < LINGER) { nanosleep(&pause, NULL); continue; }
-            atomic_store(&c->asleep, 1);
-            while (!atomic_load(&c->open) && !atomic_load(&c->closing))
+            for (;;) { /* the word is set before each look: whoever starts an operation clears it and wakes us */
+                atomic_store(&c->asleep, 1);
+                if (atomic_load(&c->open) || atomic_load(&c->closing)) break;
                 syscall(SYS_futex, &c->asleep, FUTEX_WAIT, 1, NULL, NULL, 0);
+            }
             atomic_store(&c->asleep, 0);
         }
         idle = 0;
         nanosleep(&pause, NULL);
-        if (atomic_load(&c->waiting) || broken(c)) continue;
+        if (broken(c)) { atomic_store(&c->open, 0); continue; } /* nothing will go on: sleep until the end */
+        if (atomic_load(&c->waiting)) continue;
         doze(c, NULL);
+        if (now_ns() - looked >= NAP_NS) {
+            looked = now_ns();
+            int lost = first_dead(c);
+            if (lost >= 0) look_again(c);
+            if (lost >= 0 && atomic_load(&c->open)) fail(c, "rank %d died", c->names[lost]);
+        }
     }
     return NULL;
 }
 static void wake_helper(Context *c) {
+    if (atomic_load(&c->closing)) return;
     if (!c->helped) c->helped = pthread_create(&c->helper, NULL, help, c) == 0;
     int yes = 1;
     if (atomic_compare_exchange_strong(&c->asleep, &yes, 0)) syscall(SYS_futex, &c->asleep, FUTEX_WAKE, 1, NULL, NULL, 0);
@@ -814,12 +840,17 @@ Op *shm_start(Context *c, int kind, int dtype, int reduction, int root, uint64_t
         for (int r = 0; r < c->n; r++)
             if (r != c->rank && o->in_bytes[r] > o->most) o->most = o->in_bytes[r];
     pthread_mutex_lock(&c->lock);
+    if (broken(c)) { /* what is queued may be released any time */
+        pthread_mutex_unlock(&c->lock);
+        free(o);
+        return NULL;
+    }
     o->serial = ++c->serial;
+    atomic_fetch_add(&c->open, 1);
     if (c->tail) c->tail->next = o; else { c->queue = o; begin(c, o); }
     c->tail = o;
-    pthread_mutex_unlock(&c->lock);
-    atomic_fetch_add(&c->open, 1);
     wake_helper(c);
+    pthread_mutex_unlock(&c->lock);
     return o;
 }
 
@@ -840,7 +871,11 @@ Op *shm_message(Context *c, int kind, int peer, int64_t tag, char *at, uint64_t 
     }
     pthread_mutex_unlock(&c->lock);
     progress(c);
-    if (!is_done(o)) wake_helper(c);
+    if (!is_done(o)) {
+        pthread_mutex_lock(&c->lock); /* two threads must not both create it */
+        wake_helper(c);
+        pthread_mutex_unlock(&c->lock);
+    }
     return o;
 }
 
@@ -856,6 +891,8 @@ void shm_release(Context *c, Op *o) {
     if (!is_done(o)) {
         pthread_mutex_lock(&c->lock);
         unlink_op(&c->queue, o);
+        c->tail = c->queue;
+        while (c->tail && c->tail->next) c->tail = c->tail->next;
         unlink_op(&c->receives, o);
         for (int r = 0; r < c->n; r++) {
             unlink_op(&c->sends[r], o);
@@ -866,13 +903,10 @@ void shm_release(Context *c, Op *o) {
     free(o);
 }
 
-/* Writes the ranks that have not arrived where this one waits; returns how many. */
-int shm_late(Context *c, int *ranks) {
-    int found = 0;
-    uint64_t mine = atomic_load(&c->lines[c->rank].count);
-    for (int r = 0; r < c->n; r++)
-        if (r != c->rank && !reached(c, r, mine)) ranks[found++] = c->names[r];
-    return found;
+/* Returns once no thread of this process is inside an operation of a group that has failed. */
+void shm_settle(Context *c) {
+    pthread_mutex_lock(&c->lock);
+    pthread_mutex_unlock(&c->lock);
 }
 
 /* This rank starts nothing any more, and no thread of the group runs afterwards. */

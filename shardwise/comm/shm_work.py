@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import queue
 import threading
 from collections.abc import Sequence
 from datetime import timedelta
@@ -26,31 +24,34 @@ class ShmFailure(RuntimeError):
 
 
 class Started(Protocol):
-    """Work as `GuardedWork` and torch use it."""
+    """Work as `GuardedWork` uses it."""
 
     def wait(self, timeout: timedelta | None = None) -> bool: ...
     def is_completed(self) -> bool: ...
     def is_success(self) -> bool: ...
     def exception(self) -> Exception | None: ...
-    def get_future(self) -> torch.futures.Future[Any]: ...
-    def result(self) -> Any: ...
+    def result(self) -> list[Any]: ...
 
 
 class ShmWork:
-    """One operation. `back` lists tensors to fill from contiguous copies once it has ended."""
+    """One operation. `given` must live until it has ended; `results` are what torch hands to its caller.
 
-    def __init__(self, owner: Shm, handle: int, tensors: Any, back: Sequence[tuple[Tensor, Tensor]]) -> None:
+    `back` lists tensors to fill from contiguous copies once it has ended.
+    """
+
+    def __init__(
+        self, owner: Shm, handle: int, given: Any, results: list[Any], back: Sequence[tuple[Tensor, Tensor]]
+    ) -> None:
         self._owner = owner
         self._handle = handle
-        self._tensors = tensors
-        self._back = back
+        self._given = given
+        self._results = results
+        self._back = list(back)
         self._outcome: int = Outcome.AGAIN
+        self._lock = threading.Lock()
 
     def __del__(self) -> None:
-        if self._outcome == Outcome.AGAIN and self._owner.test(self._handle) == Outcome.AGAIN:
-            self._owner.adopt(self._handle, self._tensors)
-        else:
-            self._owner.release(self._handle)
+        self._owner.drop(self._handle, (self._given, self._results), ended=self._outcome != Outcome.AGAIN)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Block until the operation has ended. Raises ShmFailure when the group has, RuntimeError after `timeout`."""
@@ -75,30 +76,33 @@ class ShmWork:
     def exception(self) -> Exception | None:
         return ShmFailure(self._owner.why()) if self._outcome == Outcome.FAILED else None
 
-    def result(self) -> Any:
-        return _results(self._tensors)
+    def result(self) -> list[Any]:
+        return self._results
 
-    def source(self) -> int:
+    def returns(self, results: list[Any], back: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Say anew what the caller gets, and what to fill when the operation has ended."""
+        self._results = results
+        self._back += back
+
+    def _source_rank(self) -> int:
         return self._owner.source(self._handle)
 
-    _source_rank = source
-
-    def get_future(self) -> torch.futures.Future[Any]:
-        return self._owner.completer().promise(self, self.result())
-
     def _settle(self, outcome: int) -> None:
-        if outcome == Outcome.OK and self._outcome == Outcome.AGAIN:
-            for tensor, copy in self._back:
-                tensor.copy_(copy)
-        self._outcome = outcome
+        """Once, whichever thread is first: the copies go back, and the outcome stays."""
+        if outcome == Outcome.AGAIN:
+            return
+        with self._lock, torch.no_grad():
+            if outcome == Outcome.OK and self._outcome == Outcome.AGAIN:
+                for tensor, copy in self._back:
+                    tensor.copy_(copy)
+            self._outcome = outcome
 
 
 class Together:
     """One work for several that were started one after the other."""
 
-    def __init__(self, works: Sequence[Started], owner: Shm) -> None:
+    def __init__(self, works: Sequence[Started]) -> None:
         self._works = works
-        self._owner = owner
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         for work in self._works:
@@ -114,41 +118,5 @@ class Together:
     def exception(self) -> Exception | None:
         return next((work.exception() for work in self._works if work.exception()), None)
 
-    def result(self) -> Any:
+    def result(self) -> list[Any]:
         return [tensor for work in self._works for tensor in work.result()]
-
-    def get_future(self) -> torch.futures.Future[Any]:
-        return self._owner.completer().promise(self, self.result())
-
-
-class Completer:
-    """Completes futures, in the order in which they were asked for, on a thread that starts with the first."""
-
-    def __init__(self) -> None:
-        self._promises: queue.SimpleQueue[tuple[Started, torch.futures.Future[Any], Any] | None] = queue.SimpleQueue()
-        threading.Thread(target=self._run, daemon=True, name="shm futures").start()
-
-    def promise(self, work: Started, result: Any) -> torch.futures.Future[Any]:
-        future: torch.futures.Future[Any] = torch.futures.Future()
-        self._promises.put((work, future, result))
-        return future
-
-    def stop(self) -> None:
-        """End the thread after what has been promised."""
-        self._promises.put(None)
-
-    def _run(self) -> None:
-        while (promised := self._promises.get()) is not None:
-            work, future, result = promised
-            try:
-                work.wait()
-            except RuntimeError as error:
-                with contextlib.suppress(RuntimeError):
-                    future.set_exception(error)
-            else:
-                future.set_result(result)
-            del promised, work, future, result
-
-
-def _results(tensors: Any) -> Any:
-    return list(tensors)

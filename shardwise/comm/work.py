@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed.distributed_c10d as dist
+
+from shardwise.errors import CommError
 
 if TYPE_CHECKING:
     from shardwise.comm.group import Group
@@ -108,8 +111,22 @@ class GuardedWork(dist.Work):
         return self._inner.exception()
 
     def get_future(self) -> torch.futures.Future[Any]:
-        future: torch.futures.Future[Any] = self._inner.get_future()
+        """The backend's own; where it has none, one that a thread of its own completes, so that callbacks may wait."""
+        future: torch.futures.Future[Any]
+        if hasattr(self._inner, "get_future"):
+            future = self._inner.get_future()
+        else:
+            future = torch.futures.Future()
+            threading.Thread(target=self._complete, args=(future,), daemon=True, name="future").start()
         return future
+
+    def _complete(self, future: torch.futures.Future[Any]) -> None:
+        try:
+            self.wait()
+        except CommError as error:
+            future.set_exception(error)
+        else:
+            future.set_result(self.result())
 
     def result(self) -> list[torch.Tensor]:
         found: list[torch.Tensor] = self._inner.result()

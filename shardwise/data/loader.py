@@ -130,10 +130,11 @@ def eval_batches(
 ) -> Iterator[Any]:
     """Batches in which every sample occurs exactly once over all ranks; ranks may get different numbers of them.
 
+    `batch` is the number of samples of a round over all ranks, so that what is in a round does not depend on them.
     Random transforms see a seed that depends on the sample alone, so evaluating twice gives the same. Raises DataError.
     """
     if isinstance(samples, Stream):
-        yield from _each_untouched(samples.once(batch, ranks, rank), samples.user_code)
+        yield from _each_untouched(samples.once(-(-batch // ranks), ranks, rank), samples.user_code)
         return
     todo = schedule.passes(len(samples), batch=batch, rank=rank, ranks=ranks)
     made = _maker(samples, todo, workers, prefetch, 0, _only_batch)

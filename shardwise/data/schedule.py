@@ -91,9 +91,10 @@ def _stream(seed: int, step: int, rank: int, number: int, shard: int | None) -> 
 
 
 def passes(samples: int, *, batch: int, rank: int, ranks: int) -> Iterator[StepTasks]:
-    """One pass over all samples: this rank's contiguous share in batches, the last one smaller."""
-    mine = order.rank_slice(samples, ranks, rank)
-    for step, start in enumerate(range(mine.start, mine.stop, batch)):
-        indices = list(range(start, min(start + batch, mine.stop)))
-        seeds = order.stream_seeds(0, indices).tolist()
-        yield StepTasks(step, [Task(step, 0, indices, seeds, None, 0)])
+    """One pass over all samples in rounds of `batch`: this rank's share of each, where it has one."""
+    for step, start in enumerate(range(0, samples, batch)):
+        mine = order.rank_slice(min(batch, samples - start), ranks, rank)
+        indices = list(range(start + mine.start, start + mine.stop))
+        if indices:
+            seeds = order.stream_seeds(0, indices).tolist()
+            yield StepTasks(step, [Task(step, 0, indices, seeds, None, 0)])

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from shardwise.errors import JobError, ShardwiseError
 from shardwise.models.blocks import find_blocks, linears, owner, tied_groups
@@ -200,7 +201,8 @@ class _Measurement:
             for name in order
             if name in blocks or parameters[name] or flops[name] or saved[name]
         )
-        return ModelProfile(blocks=found, sample=sample, tied=tied_groups(module))
+        norms = any(isinstance(each, _BatchNorm) for each in module.modules())
+        return ModelProfile(blocks=found, sample=sample, tied=tied_groups(module), batch_norms=norms)
 
     def _place_of(self, name: str) -> tuple[str, bool]:
         """Where the module that holds parameter `name`, or else the nearest one around it that was called, ran."""

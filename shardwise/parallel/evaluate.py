@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from shardwise.errors import JobError
 from shardwise.models.inputs import call
 from shardwise.parallel.blame import shapes, user_code
 from shardwise.parallel.contract import pair
+from shardwise.parallel.gathered import gathered_outputs
 
 if TYPE_CHECKING:
     from shardwise.parallel.parallelize import Replica
@@ -28,7 +29,8 @@ def evaluate(
 ) -> dict[str, float]:
     """`{"loss": ..., name: ...}`: weighted means over the batches of all ranks, summed in float64; collective.
 
-    Ranks may have different numbers of batches, or none. Replicas with `batch_norm="local"` first take rank 0's
+    Ranks may have different numbers of batches, or none; with `coupled="gather"` the functions see the batches that all
+    ranks have in a round together, as the loss does in training. Replicas with `batch_norm="local"` first take rank 0's
     buffers. The module is in evaluation mode meanwhile. Raises JobError where model, loss or a metric fails, or when
     nothing was counted.
     """
@@ -39,20 +41,30 @@ def evaluate(
     module.eval()
     try:
         with torch.no_grad(), replica.formats.step(several=True):
-            for raw in batches:
-                batch = replica.formats.place(raw)
-                _add(sums, _measure(module, batch, functions, forward, replica))
+            outputs = _outputs(replica, batches, forward)
+            for output, batch in gathered_outputs(replica, outputs) if replica.coupled == "gather" else outputs:
+                _add(sums, _measure(replica, output, batch, functions))
     finally:
         module.train(was_training)
     found = totals(sums, replica.axis.group, replica.mesh.device)
     return {name: _mean(name, found[2 * i], found[2 * i + 1]) for i, name in enumerate(functions)}
 
 
-def _measure(module: Any, batch: Any, functions: Mapping[str, Weighed], forward: Any, replica: Replica) -> list[float]:
+def _outputs(replica: Replica, batches: Iterable[Any], forward: Any) -> Iterator[tuple[Any, Any]]:
+    for raw in batches:
+        batch = replica.formats.place(raw)
+        yield _output(replica, batch, forward), batch
+
+
+def _output(replica: Replica, batch: Any, forward: Any) -> Any:
+    about = f"The batch was {shapes(batch)}."
+    with replica.formats.forward(), user_code("the model (in evaluation)", about=lambda: about):
+        return call(replica.module, batch, forward)
+
+
+def _measure(replica: Replica, output: Any, batch: Any, functions: Mapping[str, Weighed]) -> list[float]:
     found: list[float] = []
     with replica.formats.forward():
-        with user_code("the model (in evaluation)", about=lambda: f"The batch was {shapes(batch)}."):
-            output = call(module, batch, forward)
         for name, function in functions.items():
             total, weight = pair(function, output, batch, field=name if name == "loss" else f"metrics['{name}']")
             found += [float(total), float(weight)]

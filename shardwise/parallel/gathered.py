@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -59,6 +59,23 @@ def gathered_step(
         first_row += piece.rows
 
 
+def gathered_outputs(replica: Replica, outputs: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+    """`(output, batch)` of all ranks' batches of one round together, on the first rank that has one; collective.
+
+    `outputs` are this rank's own; ranks may have different numbers of them. Raises JobError as `gathered_step` does.
+    """
+    own = iter(outputs)
+    while True:
+        found = next(own, None)
+        pieces = [] if found is None else [_piece(None, *found)]
+        counts, sources = _meet(replica, pieces)
+        if not any(counts):
+            return
+        whole = [_gather(replica, pieces, source, counts, index) for index, source in enumerate(sources)]
+        if pieces and not any(counts[: replica.axis.rank]):
+            yield tree_unflatten(whole, pieces[0].spec)
+
+
 def _forward(replica: Replica, index: int, one: Any, forward: Any) -> Piece:
     replica.before_forward(index, one.shard)
     replica.seed(one.stream)
@@ -66,9 +83,13 @@ def _forward(replica: Replica, index: int, one: Any, forward: Any) -> Piece:
     with replica.formats.forward(), user_code("the model", about=lambda: f"The batch was {shapes(batch)}."):
         output = call(replica.module, batch, forward)
     replica.after_forward(one.shard)
+    return _piece(one.shard, output, batch)
+
+
+def _piece(shard: int | None, output: Any, batch: Any) -> Piece:
     rows = batch_size(batch)
     leaves, spec = tree_flatten((output, batch))
-    return Piece(one.shard, rows, leaves, [_is_rows(leaf, rows) for leaf in leaves], spec)
+    return Piece(shard, rows, leaves, [_is_rows(leaf, rows) for leaf in leaves], spec)
 
 
 def _is_rows(leaf: Any, rows: int) -> bool:

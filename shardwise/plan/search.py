@@ -27,6 +27,7 @@ def search(
 ) -> Plan:
     """One replica a device, and as few microbatches as fit in memory; `fixed` holds the fields that the user chose.
 
+    A model with batch norms gets more microbatches only where `fixed` says so: they change its numbers.
     `started` is the number of ranks where a foreign launcher has started them, wherever they are.
     Raises SpecError for a field that cannot run, NoPlanFits when no number of microbatches fits.
     """
@@ -49,8 +50,8 @@ def search(
         assert plan.predicted is not None
         if not room or plan.predicted.peak_bytes <= room:
             return plan
-        if "microbatches" in fixed or plan.exact or plan.microbatches >= largest:
-            raise _too_big(plan.predicted, plan, room)
+        if "microbatches" in fixed or plan.exact or profile.batch_norms or plan.microbatches >= largest:
+            raise _too_big(plan.predicted, plan, room, norms=profile.batch_norms)
         plan = structs.replace(plan, microbatches=min(largest, plan.microbatches * 2))
 
 
@@ -67,9 +68,11 @@ def predict(profile: ModelProfile, plan: Plan, job: JobFacts, cluster: Cluster) 
     )
 
 
-def _too_big(predicted: Prediction, plan: Plan, room: int) -> NoPlanFits:
+def _too_big(predicted: Prediction, plan: Plan, room: int, *, norms: bool) -> NoPlanFits:
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in predicted.parts_bytes.items())
+    why = " The model's batch norms see one microbatch at a time, so more of them must be asked for." if norms else ""
     return NoPlanFits(
-        f"the plan {plan} needs {format_bytes(predicted.peak_bytes)} on its fullest device ({parts}), "
-        f"which has {format_bytes(room)}. Use a smaller model, more microbatches, or a device with more memory."
+        f"the plan {plan} needs {format_bytes(predicted.peak_bytes)} on its fullest device ({parts}), which has "
+        f"{format_bytes(room)}.{why} Use a smaller model, more microbatches (microbatches={2 * plan.microbatches}), or "
+        "a device with more memory."
     )

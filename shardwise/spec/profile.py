@@ -27,11 +27,15 @@ class BlockProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class ModelProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A module as a chain of blocks, in the order of execution. `sample` names the input it was measured with."""
+    """A module as a chain of blocks, in the order of execution. `sample` names the input it was measured with.
+
+    `batch_norms`: it normalises over the batch, so that cutting a batch into microbatches changes the numbers.
+    """
 
     blocks: tuple[BlockProfile, ...]
     sample: str = ""
     tied: tuple[tuple[str, ...], ...] = ()
+    batch_norms: bool = False
 
     @property
     def parameters(self) -> int:

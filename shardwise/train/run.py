@@ -217,6 +217,5 @@ def evaluate_replica(replica: Replica, prepared: Prepared, job: TrainJob) -> dic
     """Loss and metrics over all held-out samples, each counted once whatever the number of ranks."""
     assert prepared.eval is not None
     axis = replica.mesh.axis("data")
-    size = max(1, job.global_batch // max(1, axis.size))
-    batches = eval_batches(prepared.eval, batch=size, rank=axis.rank, ranks=axis.size, workers=job.workers)
+    batches = eval_batches(prepared.eval, batch=job.global_batch, rank=axis.rank, ranks=axis.size, workers=job.workers)
     return evaluate(replica, batches, job.loss, job.metrics, job.forward)

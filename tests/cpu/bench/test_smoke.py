@@ -96,3 +96,10 @@ def left_over() -> list[str]:
         except OSError:
             continue
     return found
+
+
+def test_collectives(tmp_path: Path) -> None:
+    rows = quick("collectives", tmp_path)
+    case = "all_reduce 1 MB 2 ranks"
+    assert set(rows) == {(case, "shardwise", "time"), (case, "gloo", "time"), (case, "shardwise", "ratio_to_gloo")}
+    assert_measured(rows)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
+import gc
 import os
 import random
 import signal
@@ -15,6 +17,9 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from shardwise.comm.group import Group
 from shardwise.comm.kernel import kernel, library
@@ -192,6 +197,143 @@ def test_half_precision_is_rounded_to_nearest_even(dtype: torch.dtype) -> None:
     assert bool(same.all())
 
 
+# What gloo cannot do, or does otherwise: against arithmetic.
+
+
+def beyond(rank: Rank) -> dict[str, bool]:
+    shm_of(rank)
+    n, me = rank.world, rank.rank
+    found: dict[str, bool] = {}
+    for numel in (10, 40_000):
+        mine = data(3, me, numel, torch.float32)
+        every = [data(3, r, numel, torch.float32) for r in range(n)]
+        total = functools.reduce(torch.add, every)
+        average = mine.clone()
+        dist.all_reduce(average, op=dist.ReduceOp.AVG)
+        found[f"average {numel}"] = torch.equal(average, total / n)
+        scaled = mine.clone()
+        dist.all_reduce(scaled, op=dist._make_nccl_premul_sum(0.5))
+        found[f"scaled {numel}"] = torch.equal(scaled, functools.reduce(torch.add, [0.5 * each for each in every]))
+        truth = mine > 1
+        dist.all_reduce(truth)
+        found[f"bool {numel}"] = torch.equal(truth, functools.reduce(torch.logical_or, [each > 1 for each in every]))
+        turned = torch.complex(mine, -mine)
+        dist.all_reduce(turned)
+        found[f"complex {numel}"] = torch.equal(turned, torch.complex(total, -total))
+        wide = torch.zeros(numel, 3)
+        wide[:, 1] = mine
+        dist.all_reduce(wide[:, 1])
+        found[f"strided {numel}"] = torch.equal(wide[:, 1], total) and not wide[:, 0].any()
+        wide[:, 1] = mine
+        dist.all_reduce(wide[:, 1], op=dist._make_nccl_premul_sum(2.0))
+        doubled = functools.reduce(torch.add, [2 * each for each in every])
+        found[f"strided scaled {numel}"] = torch.equal(wide[:, 1], doubled)
+        both = torch.zeros(n * numel, 2)
+        dist.all_gather_single(both[:, 0], mine)
+        found[f"strided all_gather {numel}"] = torch.equal(both[:, 0], torch.cat(every))
+        place = torch.zeros(n * numel)
+        place[me * numel : (me + 1) * numel] = mine
+        dist.all_gather_single(place, place[me * numel : (me + 1) * numel])
+        found[f"all_gather in place {numel}"] = torch.equal(place, torch.cat(every))
+        uneven = [torch.zeros(numel + r) for r in range(n)]
+        dist.all_gather(uneven, data(4, me, numel + me, torch.float32))
+        found[f"uneven all_gather {numel}"] = all(
+            torch.equal(u, data(4, r, numel + r, torch.float32)) for r, u in enumerate(uneven)
+        )
+        nan = torch.full((numel,), float("nan") if me == n - 1 else 1.0)
+        dist.all_reduce(nan, op=dist.ReduceOp.MAX)
+        found[f"nan {numel}"] = bool(nan.isnan().all())
+    weight = torch.nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last).weight
+    with torch.no_grad():
+        weight.fill_(float(me))
+    dist.broadcast(weight, 1)
+    found["a strided parameter"] = bool((weight == 1).all())
+    return found
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_what_gloo_cannot_do(n: int) -> None:
+    for found in run_ranks(n, beyond):
+        assert all(found.values()), [name for name, right in found.items() if not right]
+
+
+def wrong_calls(rank: Rank) -> list[str]:
+    shm_of(rank)
+    n, four, five = rank.world, torch.ones(4), torch.ones(5)
+    calls = {
+        "own piece": lambda: dist.all_to_all_single(
+            torch.ones(4), four, [3, 1] if rank.rank else [2, 2], [1, 3] if rank.rank else [1, 3]
+        ),
+        "too few outputs": lambda: dist.all_gather([four], four),
+        "own output": lambda: dist.all_gather([five] * n, four),
+        "sizes": lambda: dist.all_gather_single(five, four),
+        "types": lambda: dist.reduce_scatter_single(torch.ones(2, dtype=torch.bfloat16), four),
+        "bits of floats": lambda: dist.all_reduce(four, op=dist.ReduceOp.BAND),
+    }
+    refused = []
+    for name, call in calls.items():
+        try:
+            call()
+        except (ValueError, TypeError, RuntimeError):
+            refused.append(name)
+    dist.all_reduce(four)
+    return [*refused, str(float(four[0]))]
+
+
+def test_calls_that_would_read_or_write_elsewhere_are_refused_and_leave_the_group_alive() -> None:
+    names = ["own piece", "too few outputs", "own output", "sizes", "types", "bits of floats"]
+    assert run_ranks(2, wrong_calls) == [[*names, "2.0"]] * 2
+
+
+def forks(rank: Rank) -> tuple[float, float]:
+    """A child that ends in the ordinary way has copies of all our objects, and the same memory."""
+    group = shm_of(rank)
+    shared = group.zeros(50_000, torch.float32, torch.device("cpu"))
+    shared.fill_(1.0)
+    work = group.all_reduce(torch.ones(10))
+    child = os.fork()
+    if child == 0:
+        del shared, work, group
+        gc.collect()
+        dist.destroy_process_group()
+        atexit._run_exitfuncs()
+        os._exit(0)
+    os.waitpid(child, 0)
+    work.wait()
+    kept = float(shared.sum())
+    group.all_reduce(shared).wait()
+    return kept, float(shared[0])
+
+
+def test_a_forked_child_leaves_the_group_of_its_parent_alone() -> None:
+    assert run_ranks(2, forks) == [(50_000.0, 2.0)] * 2
+
+
+def hooked(rank: Rank, hook: str) -> list[float]:
+    shm_of(rank)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 60), nn.Linear(60, 30), nn.Linear(30, 5))
+    # PowerSGD's hook starts collectives from callbacks, in no order that ranks share: it needs a single bucket.
+    wrapped = DistributedDataParallel(model, bucket_cap_mb=25 if hook == "powersgd" else 0.005)
+    if hook == "powersgd":
+        state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=4, start_powerSGD_iter=2)
+        wrapped.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+    else:
+        wrapped.register_comm_hook(None, default_hooks.fp16_compress_hook)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    for step in range(5):
+        wrapped(data(step, rank.rank, 320, torch.float32).view(8, 40)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [float(p.detach().sum()) for p in model.parameters()]
+
+
+@pytest.mark.parametrize("hook", ["fp16", "powersgd"])
+def test_hooks_of_ddp_get_their_futures(hook: str) -> None:
+    first, second = run_ranks(2, hooked, hook)
+    assert first == second
+
+
 # Tensors in shared memory.
 
 
@@ -232,6 +374,7 @@ def reuse(rank: Rank) -> tuple[int, bool]:
     again = group.zeros(100_000, torch.float32, torch.device("cpu"))
     clean = float(again.abs().sum()) == 0.0
     del again
+    heap._take_back()  # what a finalizer noted
     return len(heap._free), heap._free == before and clean
 
 
@@ -336,8 +479,8 @@ def disagreement(rank: Rank, what: str) -> str:
         elif what == "reduction":
             group.all_reduce(torch.ones(4), dist.ReduceOp.MAX if odd else dist.ReduceOp.SUM).wait()
         elif what == "uneven":
-            rows = [2, 2] if odd else [1, 3]
-            group.all_to_all_single(torch.empty(4), torch.ones(4), rows, [2, 2]).wait()
+            rows = [1, 2] if odd else [2, 2]  # rank 0 sends 2 of them
+            group.all_to_all_single(torch.empty(sum(rows)), torch.ones(4), rows, [2, 2]).wait()
         else:
             group.all_reduce(torch.ones(5 if odd else 4)).wait()
     except CommError as error:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from shardwise import events
 from shardwise.data.order import rank_slice, shard_slices, shards_of
+from shardwise.parallel.evaluate import evaluate
 from shardwise.parallel.parallelize import parallelize
 from shardwise.parallel.step import step
 from shardwise.spec.plan import Plan, Precision
@@ -104,6 +105,27 @@ def test_gathered_losses_are_those_of_one_process(n: int, pieces: int, samples: 
         assert found[1] == [float(samples)] * STEPS
         for mine, expected in zip(found[2], weights, strict=True):
             assert mine == pytest.approx(expected, rel=1e-8, abs=1e-11)
+
+
+def held_out(rank: Rank, rounds: int) -> dict[str, float]:
+    plan = Plan(data=rank.world, precision="float64")
+    replica = parallelize(Towers(), plan, rank.mesh(plan), coupled="gather")
+    mine = []
+    for s in range(rounds):
+        samples = SAMPLES if s == 0 else 1  # in the last round only rank 0 has a sample
+        rows = list(rank_slice(samples, rank.world, rank.rank))
+        if rows:
+            mine.append(jobs.rows({k: v[:samples] for k, v in batch_of(s).items()}, rows))
+    return evaluate(replica, mine, contrastive, {"pairs": lambda output, batch: (len(output.images) ** 2, 1)})
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_evaluation_gathers_what_training_gathers(rounds: int) -> None:
+    alone = run_ranks(1, held_out, rounds)[0]
+    assert alone["pairs"] == (SAMPLES**2 if rounds == 1 else (SAMPLES**2 + 1) / 2)
+    for n in (2, 3):
+        for found in run_ranks(n, held_out, rounds):
+            assert found == pytest.approx(alone, rel=1e-12)
 
 
 def test_gathered_losses_may_be_exact() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench.page import write_page
+from bench.page import MARKS, write_page, write_readme
 from bench.plot import dots
 from bench.rows import missing, ratio, result, row
 
@@ -38,17 +38,32 @@ def test_the_page_shows_every_row_and_one_picture_for_each_result(tmp_path: Path
     results = tmp_path / "results"
     results.mkdir()
     (results / "data_parallel.json").write_text(json.dumps(result("data_parallel", MACHINE, rows(), quick=False)))
-    (results / "later.json").write_text(json.dumps(result("later", MACHINE, rows()[:2], quick=False)))
+    elsewhere = result("data_parallel", MACHINE, rows()[:2], quick=False)
+    (results / "data_parallel-h100.json").write_text(json.dumps(elsewhere))
     written = write_page(results, tmp_path / "docs")
     page = (tmp_path / "docs" / "benchmarks.md").read_text()
-    assert [path.name for path in written] == ["benchmarks.md", "bench-data_parallel.svg", "bench-later.svg"]
-    assert page.index("## data_parallel") < page.index("## later")
+    pictures = ["bench-data_parallel.svg", "bench-data_parallel-h100.svg"]
+    assert [path.name for path in written] == ["benchmarks.md", *pictures]
+    assert page.index("## data_parallel\n") < page.index("## data_parallel-h100")
     assert "![data_parallel](pictures/bench-data_parallel.svg)" in page
     assert "| shardwise | step_time | 0.55 s | 0.5 .. 0.6 | <= 1.0 x ddp |  |" in page
     assert "| deepspeed | step_time | - | | | not installed: `pip install deepspeed` |" in page
     assert "| lightning | step_time | inf s |  |  | round 1: hung \\| no answer |" in page
     assert "EPYC <9>, 2 cores, 16 GiB" in page
     assert page.isascii()
+
+
+def test_the_readme_gets_the_ratios_between_its_marks(tmp_path: Path) -> None:
+    (tmp_path / "data_parallel.json").write_text(json.dumps(result("data_parallel", MACHINE, rows(), quick=False)))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
+    for _ in range(2):
+        write_readme(tmp_path, readme)
+    lines = readme.read_text().splitlines()
+    assert lines[:3] == ["before", MARKS[0], "| case (batch a rank) | shardwise |"]
+    assert lines[4].startswith("| float32 batch=2 | 1.100 (1.000 - 1.200) |")
+    assert lines[-2:] == [MARKS[1], "after"]
+    assert "old" not in lines
 
 
 def test_a_page_without_results_is_still_a_page(tmp_path: Path) -> None:

@@ -53,6 +53,13 @@ def test_the_prediction_adds_up_and_follows_from_the_numbers() -> None:
     assert plan.predicted.parts_bytes["activations"] == 16 * 4 * 10**7
 
 
+def test_microbatches_that_change_the_numbers_must_be_asked_for() -> None:
+    norms = structs.replace(PROFILE, batch_norms=True)
+    with pytest.raises(NoPlanFits, match=r"batch norms.*microbatches=2"):
+        search(norms, cluster(2, memory_bytes=10**8 * 4), JOB)
+    assert search(norms, cluster(2), JOB, {"microbatches": 4}).microbatches == 4
+
+
 def test_microbatches_are_added_until_it_fits() -> None:
     roomy = search(PROFILE, cluster(2), JOB)
     assert roomy.predicted is not None
