@@ -143,7 +143,7 @@ class Group(dist.ProcessGroup):
     def timed_out(self, tag: Tag, limit_s: float) -> CommError:
         """Abort after `limit_s` seconds of waiting, and say which ranks did not report."""
         self.abort(f"{tag.op} number {tag.sequence} took longer than {limit_s:g} s")
-        return CommError(f"{self._describe(tag)} waited longer than its limit of {limit_s:g} s. {self._blame()}")
+        return CommError(f"{self._describe(tag)} waited longer than its timeout of {limit_s:g} s. {self._blame()}")
 
     def _describe(self, tag: Tag) -> str:
         return (

@@ -215,7 +215,7 @@ class Shm:
             raise ValueError(f"{reduction.op.name} of {like.dtype} is not defined: it takes integers.")
         number = REDUCTIONS.get(reduction.op)
         if number is None:
-            inputs = [torch.mul(each, reduction.factor).to(each.dtype) for each in inputs]
+            inputs = [torch.mul(each, reduction.__getstate__()[1]).to(each.dtype) for each in inputs]
             number = 0
         return self._start(kind, code, number, root, like.nbytes, inputs, outputs)
 
