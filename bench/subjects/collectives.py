@@ -12,6 +12,9 @@ import torch.distributed as dist
 
 from bench.timed import Made, serve
 
+all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the older name warns
+reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def main() -> None:
     transport = os.environ["BENCH_TRANSPORT"]
@@ -87,8 +90,8 @@ def other(operation: str, count: int, rank: int, world: int) -> Made:
     calls: dict[str, Callable[[], Any]] = {
         "reduce": lambda: dist.reduce(whole, 0),
         "broadcast": lambda: dist.broadcast(whole, 0),
-        "all_gather": lambda: dist.all_gather_into_tensor(whole, mine),
-        "reduce_scatter": lambda: dist.reduce_scatter_tensor(mine, whole),
+        "all_gather": lambda: all_gather(whole, mine),
+        "reduce_scatter": lambda: reduce_scatter(mine, whole),
         "gather": lambda: dist.gather(mine, parts if rank == 0 else None),
         "scatter": lambda: dist.scatter(mine, parts if rank == 0 else None),
         "all_to_all": lambda: dist.all_to_all_single(out, whole),

@@ -19,6 +19,7 @@ from shardwise.comm.group import Group
 from shardwise.comm.kernel import library
 from shardwise.errors import CommError, SpecError
 from shardwise.spec.plan import Plan
+from tests.cpu.comm.names import all_gather_single, reduce_scatter_single
 from tests.ranks import Rank, RankFailed, run_ranks
 
 
@@ -53,10 +54,10 @@ def operations(rank: Rank) -> dict[str, Any]:
     dist.all_gather(gathered, torch.tensor([float(me)]))
     found["all_gather"] = [float(t) for t in gathered]
     flat = torch.empty(2 * n)
-    dist.all_gather_into_tensor(flat, torch.full((2,), float(me)))
+    all_gather_single(flat, torch.full((2,), float(me)))
     found["all_gather_single"] = flat.tolist()
     piece = torch.empty(1)
-    dist.reduce_scatter_tensor(piece, torch.arange(float(n)))
+    reduce_scatter_single(piece, torch.arange(float(n)))
     found["reduce_scatter_single"] = piece.tolist()
     out = [torch.zeros(1) for _ in range(n)]
     dist.all_to_all(out, [torch.tensor([float(10 * me + r)]) for r in range(n)])

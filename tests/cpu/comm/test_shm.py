@@ -25,6 +25,7 @@ from shardwise.comm.group import Group
 from shardwise.comm.kernel import kernel, library
 from shardwise.comm.shm import CHUNK, DTYPES, PIPE, REDUCTIONS, Shm
 from shardwise.errors import CommError
+from tests.cpu.comm.names import all_gather_single, reduce_scatter_single
 from tests.ranks import Rank, run_ranks
 
 pytestmark = pytest.mark.skipif(library() is None, reason="built without a C compiler")
@@ -90,7 +91,7 @@ def perform(group: Any, case: dict[str, Any], rank: Rank) -> list[torch.Tensor]:
         return out
     if name == "all_gather_single":
         whole = mine.new_empty(n * numel)
-        dist.all_gather_into_tensor(whole, mine, group=group)
+        all_gather_single(whole, mine, group=group)
         return [whole]
     if name == "gather":
         out = [torch.empty_like(mine) for _ in range(n)] if me == root else None
@@ -102,7 +103,7 @@ def perform(group: Any, case: dict[str, Any], rank: Rank) -> list[torch.Tensor]:
         return [mine]
     whole = data(case["seed"], me, n * numel, case["dtype"])
     if name == "reduce_scatter_single":
-        dist.reduce_scatter_tensor(mine, whole, op=op, group=group)
+        reduce_scatter_single(mine, whole, op=op, group=group)
         return [mine]
     if name == "all_to_all_single":
         out_tensor = torch.empty_like(whole)
@@ -229,11 +230,11 @@ def beyond(rank: Rank) -> dict[str, bool]:
         doubled = functools.reduce(torch.add, [2 * each for each in every])
         found[f"strided scaled {numel}"] = torch.equal(wide[:, 1], doubled)
         both = torch.zeros(n * numel, 2)
-        dist.all_gather_into_tensor(both[:, 0], mine)
+        all_gather_single(both[:, 0], mine)
         found[f"strided all_gather {numel}"] = torch.equal(both[:, 0], torch.cat(every))
         place = torch.zeros(n * numel)
         place[me * numel : (me + 1) * numel] = mine
-        dist.all_gather_into_tensor(place, place[me * numel : (me + 1) * numel])
+        all_gather_single(place, place[me * numel : (me + 1) * numel])
         found[f"all_gather in place {numel}"] = torch.equal(place, torch.cat(every))
         uneven = [torch.zeros(numel + r) for r in range(n)]
         dist.all_gather(uneven, data(4, me, numel + me, torch.float32))
@@ -266,8 +267,8 @@ def wrong_calls(rank: Rank) -> list[str]:
         ),
         "too few outputs": lambda: dist.all_gather([four], four),
         "own output": lambda: dist.all_gather([five] * n, four),
-        "sizes": lambda: dist.all_gather_into_tensor(five, four),
-        "types": lambda: dist.reduce_scatter_tensor(torch.ones(2, dtype=torch.bfloat16), four),
+        "sizes": lambda: all_gather_single(five, four),
+        "types": lambda: reduce_scatter_single(torch.ones(2, dtype=torch.bfloat16), four),
         "bits of floats": lambda: dist.all_reduce(four, op=dist.ReduceOp.BAND),
     }
     refused = []
