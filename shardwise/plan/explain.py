@@ -8,6 +8,12 @@ from shardwise.spec.plan import Plan
 from shardwise.spec.profile import ModelProfile
 from shardwise.units import format_bytes, format_count, format_seconds
 
+# What `bench data_parallel` measured, with 4 logical shards and 2 to 8 samples a rank.
+PRICE = {
+    "cpu": "its price: up to 8 % of a step where a rank has few samples, nothing where it has many",
+    "gpu": "its price: 2 to 4 times the step where the shards are too small to fill the device",
+}
+
 
 def explain(plan: Plan, profile: ModelProfile, cluster: Cluster, job: JobFacts) -> str:
     """Several lines of plain text for a terminal."""
@@ -26,6 +32,7 @@ def explain(plan: Plan, profile: ModelProfile, cluster: Cluster, job: JobFacts) 
         lines.append(
             f"exact     the same bits on any number of ranks: {job.logical_shards} logical shards, one thread a rank"
         )
+        lines.append(f"          {PRICE['cpu' if device.kind.startswith('cpu') else 'gpu']}")
     if plan.predicted:
         lines.append(f"step      at least {format_seconds(plan.predicted.step_s)}, most of it {plan.predicted.limit}")
         lines += [

@@ -107,5 +107,5 @@ def test_more_ranks_than_samples_are_refused() -> None:
 def test_the_explanation_names_the_parts() -> None:
     fixed: dict[str, Any] = parse_plan("data=2,exact=true")
     text = explain(search(PROFILE, cluster(2), JOB, fixed), PROFILE, cluster(2), JOB)
-    for word in ("data=2", "4.0 M parameters", "communication", "activations", "4 logical shards"):
+    for word in ("data=2", "4.0 M parameters", "communication", "activations", "4 logical shards", "its price"):
         assert word in text
