@@ -16,7 +16,7 @@ WORDS = (
     r" ?[^\x00-@\[-`{-\x7f]+|'(?:[sdmt]|ll|ve|re)| ?[\x00-\x08\x0e-\x1f!-/:-@\[-`{-\x7f]+| ?[0-9]+"
     r"|[ \t-\r]+(?![^ \t-\r])|[ \t-\r]+"
 )
-_KNOWN_BYTES = 32 << 20
+_KNOWN_BYTES = 16 << 20
 _WORD_BYTES = 120  # what a remembered word costs besides its characters
 
 
