@@ -47,8 +47,8 @@ def _source() -> str:
     return text
 
 
-_suite: dict[str, Any] = {"__name__": __name__, "__file__": __file__}
-exec(compile(_source(), "distributed_test.py", "exec"), _suite)
+_suite: dict[str, Any] = globals()  # its classes are pickled, so they must be found in this module
+exec(compile(_source(), "distributed_test.py", "exec", dont_inherit=True), _suite)
 
 
 class TorchSuite(_suite["TestDistBackend"], _suite["DistributedTest"]._DistTestBase):  # type: ignore[misc, name-defined]
