@@ -14,10 +14,13 @@ from msgspec import Struct
 
 from shardwise import events
 from shardwise.cluster.process import Starter
+from shardwise.comm.kernel import library
 from shardwise.errors import ClusterError
 from shardwise.spec.cluster import Cluster, Device, Link, Node
 
-HOST_LINK = Link(latency_s=20e-6, bandwidth=10e9)  # shared memory, rough: links are measured by a calibration
+# Rough: links are measured by a calibration.
+SHARED_LINK = Link(latency_s=20e-6, bandwidth=10e9)  # memory that the ranks share
+LOOPBACK_LINK = Link(latency_s=0.3e-3, bandwidth=0.9e9)  # gloo, where there is no compiled kernel
 GPU_LINK = Link(latency_s=20e-6, bandwidth=20e9)  # PCIe 4.0 x16 as GPUs without NVLink reach it
 _SMI_LIMIT_S = 20.0
 _UNLIMITED = 1 << 60  # cgroup v1 writes "no limit" as a number just below 2^63
@@ -57,7 +60,7 @@ def discover(*, probe: bool = True, starter: Starter | None = None, cache: Path 
         devices = (_device("cpu", memory // cores, measured.get("cpu")),) * cores
     node = Node(
         devices=devices,
-        link=GPU_LINK if gpus else HOST_LINK,
+        link=GPU_LINK if gpus else SHARED_LINK if library() else LOOPBACK_LINK,
         name=platform.node() or "localhost",
         cores=cores,
         memory_bytes=memory,

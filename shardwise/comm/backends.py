@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import socket
@@ -83,7 +84,12 @@ def gloo(who: Membership) -> Inner:
     except RuntimeError as error:
         raise _unreachable(who, error) from None
     sockets = tuple(sorted(_connected() - before))
-    return Inner(backend, lambda why: _hang_up(sockets), lambda: _hang_up(sockets))
+
+    def end(why: str = "") -> None:
+        _hang_up(sockets)
+        _ended.append(backend)
+
+    return Inner(backend, end, end)
 
 
 def nccl(who: Membership) -> Inner:
@@ -107,6 +113,12 @@ def _unreachable(who: Membership, error: RuntimeError) -> CommError:
         f"rank {who.rank} could not connect to the other {len(who.ranks) - 1} rank(s) within {who.timeout_s:g} s: "
         f"{str(error).splitlines()[0]} Look at the logs of the other ranks: one of them did not get this far."
     )
+
+
+# The last reference to a gloo backend must not be a C++ object's, such as DDP's reducer: that would join gloo's
+# threads while it holds the interpreter's lock, and one of them may be waiting for that lock to let go of a tensor.
+# A reference that is dropped from here releases the lock first.
+_ended: collections.deque[Any] = collections.deque(maxlen=8)
 
 
 def _hang_up(sockets: tuple[tuple[int, int], ...]) -> None:

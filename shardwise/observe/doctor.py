@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -17,6 +16,7 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
+from shardwise.comm.kernel import library
 from shardwise.units import format_bytes
 
 Verdict = Literal["ok", "note", "missing"]
@@ -162,7 +162,7 @@ def _torch(probe: Callable[[], dict[str, Any]]) -> Iterator[Finding]:
 
 
 def _kernel() -> Finding:
-    if importlib.util.find_spec("shardwise.comm._shm") is not None:
+    if library() is not None:
         return Finding(topic="shared memory", said="the compiled kernel is there")
     said = "no compiled kernel: ranks of one host talk over gloo, several times slower"
     fix = "Install a C compiler and then shardwise again." if sys.platform == "linux" else ""

@@ -57,8 +57,10 @@ def _outputs(replica: Replica, batches: Iterable[Any], forward: Any) -> Iterator
 
 
 def _output(replica: Replica, batch: Any, forward: Any) -> Any:
-    about = f"The batch was {shapes(batch)}."
-    with replica.formats.forward(), user_code("the model (in evaluation)", about=lambda: about):
+    def about() -> str:
+        return f"The batch was {shapes(batch)}."
+
+    with replica.formats.forward(), user_code("the model (in evaluation)", about=about):
         return call(replica.module, batch, forward)
 
 

@@ -50,8 +50,9 @@ def search(
         assert plan.predicted is not None
         if not room or plan.predicted.peak_bytes <= room:
             return plan
-        if "microbatches" in fixed or plan.exact or profile.batch_norms or plan.microbatches >= largest:
-            raise _too_big(plan.predicted, plan, room, norms=profile.batch_norms)
+        more = not plan.exact and plan.microbatches < largest
+        if "microbatches" in fixed or profile.batch_norms or not more:
+            raise _too_big(plan.predicted, plan, room, more=more, norms=profile.batch_norms)
         plan = structs.replace(plan, microbatches=min(largest, plan.microbatches * 2))
 
 
@@ -68,11 +69,13 @@ def predict(profile: ModelProfile, plan: Plan, job: JobFacts, cluster: Cluster) 
     )
 
 
-def _too_big(predicted: Prediction, plan: Plan, room: int, *, norms: bool) -> NoPlanFits:
+def _too_big(predicted: Prediction, plan: Plan, room: int, *, more: bool, norms: bool) -> NoPlanFits:
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in predicted.parts_bytes.items())
-    why = " The model's batch norms see one microbatch at a time, so more of them must be asked for." if norms else ""
+    why = (
+        " More microbatches change the numbers of its batch norms, so they must be asked for." if more and norms else ""
+    )
+    asked = f"microbatches={2 * plan.microbatches}, " if more else ""
     return NoPlanFits(
         f"the plan {plan} needs {format_bytes(predicted.peak_bytes)} on its fullest device ({parts}), which has "
-        f"{format_bytes(room)}.{why} Use a smaller model, more microbatches (microbatches={2 * plan.microbatches}), or "
-        "a device with more memory."
+        f"{format_bytes(room)}.{why} Use {asked}a smaller model, or a device with more memory."
     )

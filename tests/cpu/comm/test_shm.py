@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from shardwise.comm import shm_connect
 from shardwise.comm.group import Group
 from shardwise.comm.kernel import kernel, library
 from shardwise.comm.shm import CHUNK, DTYPES, PIPE, REDUCTIONS, Shm
@@ -428,6 +430,48 @@ def from_anybody(rank: Rank) -> list[int]:
 
 def test_a_message_from_anybody_says_from_whom() -> None:
     assert run_ranks(3, from_anybody)[0] == [1, 2]
+
+
+# Set-up.
+
+
+def without(rank: Rank, lacks: str, transport: str) -> tuple[bool, float] | str:
+    """One rank cannot have shared memory; all of them must come to the same."""
+
+    def refuse(*_: Any) -> Any:
+        raise OSError(lacks)
+
+    os.environ["SHARDWISE_TRANSPORT"] = transport
+    if lacks == "kernel" and rank.rank == 1:
+        shm_connect.kernel = refuse
+    elif lacks == "file" and rank.rank == 0:
+        shm_connect.os = SimpleNamespace(**{**vars(os), "memfd_create": refuse})  # type: ignore[assignment]
+    elif lacks == "mapping" and rank.rank == 2:
+        shm_connect._length = refuse
+    try:
+        group = rank.mesh().axis("data").group
+    except CommError as error:
+        return str(error)
+    assert group is not None
+    tensor = torch.ones(3)
+    group.all_reduce(tensor).wait()
+    return isinstance(group._inners["cpu"].backend, Shm), float(tensor[0])
+
+
+@pytest.mark.parametrize("lacks", ["kernel", "file", "mapping"])
+def test_ranks_agree_on_gloo_when_one_of_them_cannot_share_memory(lacks: str) -> None:
+    assert run_ranks(3, without, lacks, "auto") == [(False, 3.0)] * 3
+
+
+@pytest.mark.parametrize("lacks", ["kernel", "file", "mapping"])
+def test_shared_memory_that_was_asked_for_is_an_error_where_there_is_none(lacks: str) -> None:
+    for text in run_ranks(3, without, lacks, "shm"):
+        assert "cannot share memory" in text
+        assert "SHARDWISE_TRANSPORT=gloo" in text
+
+
+def test_nothing_lacks_here() -> None:
+    assert run_ranks(3, without, "", "auto") == [(True, 3.0)] * 3
 
 
 # What nobody waits for.

@@ -14,6 +14,8 @@ import pytest
 
 from shardwise.cluster import probe
 from shardwise.cluster.discover import (
+    LOOPBACK_LINK,
+    SHARED_LINK,
     cpu_model,
     discover,
     find_gpus,
@@ -24,6 +26,7 @@ from shardwise.cluster.discover import (
     visible,
 )
 from shardwise.errors import ClusterError
+from shardwise.spec.cluster import Link
 
 SMI = """\
 0, GPU-aaaa-1, NVIDIA H100 80GB HBM3, 81559
@@ -187,6 +190,15 @@ def test_a_kept_measurement_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (device.kind, device.measured, device.memory_bandwidth) == ("cpu", True, 2e10)
     assert device.peak_flops == {"float32": 7e10, "bfloat16": 2e11}
     assert sum(device.memory_bytes for device in measured.devices) <= measured.nodes[0].memory_bytes
+
+
+@pytest.mark.parametrize(("kernel", "link"), [(None, LOOPBACK_LINK), (Path("_shm.so"), SHARED_LINK)])
+def test_ranks_without_the_compiled_kernel_are_expected_to_talk_over_gloo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: Path | None, link: Link
+) -> None:
+    monkeypatch.setattr("shardwise.cluster.discover.find_gpus", lambda: [])
+    monkeypatch.setattr("shardwise.cluster.discover.library", lambda: kernel)
+    assert discover(probe=False, cache=tmp_path / "cluster.json").nodes[0].link == link
 
 
 def test_gpus_are_the_devices_where_there_are_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

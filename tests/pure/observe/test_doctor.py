@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -101,9 +100,9 @@ def test_the_probe_says_why_a_child_failed(monkeypatch: pytest.MonkeyPatch) -> N
     assert doctor.probe_torch() == {"error": "import torch took more than 0 s"}
 
 
-@pytest.mark.parametrize(("spec", "verdict"), [(None, "note"), (object(), "ok")])
+@pytest.mark.parametrize(("kernel", "verdict"), [(None, "note"), (Path("_shm.so"), "ok")])
 def test_the_kernel_of_shared_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: object, verdict: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: Path | None, verdict: str
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(doctor, "library", lambda: kernel)
     assert found(tmp_path)["shared memory"].verdict == verdict
