@@ -27,10 +27,10 @@ class TreeSum:
         self._owners = owners(group.size(), total)
         self._simple = group.size() == 2 and all(len(nodes) == 1 for nodes in self._owners.values())
 
-    def start(self, partials: Sequence[Tensor]) -> Exchange:
+    def start(self, partials: Sequence[Tensor]) -> TreeExchange:
         """`partials` are 1-D, alike, and in the order of this rank's nodes; a rank without nodes gives one of zeros."""
         if self._simple:
-            return Exchange(self._group.all_reduce(partials[0]), partials[0], None)
+            return TreeExchange(self._group.all_reduce(partials[0]), partials[0], None)
         ranks, rank = self._group.size(), self._group.rank()
         piece = -(-partials[0].numel() // ranks)
         mine = self._owners[rank]
@@ -44,7 +44,7 @@ class TreeSum:
         arrived = padded.new_empty(sum(received))
         flat = padded.reshape(-1) if mine else padded.new_empty(0)
         work = self._group.all_to_all_single(arrived, flat, received, sent)
-        return Exchange(work, partials[0], (self, arrived, piece))
+        return TreeExchange(work, partials[0], (self, arrived, piece))
 
     def _finish(self, result: Tensor, arrived: Tensor, piece: int) -> None:
         nodes: list[Node] = [node for rank in range(self._group.size()) for node in self._owners[rank]]
@@ -54,7 +54,7 @@ class TreeSum:
         result.copy_(whole[: result.numel()])
 
 
-class Exchange:
+class TreeExchange:
     """A tree sum under way."""
 
     def __init__(self, work: GuardedWork, result: Tensor, rest: tuple[TreeSum, Tensor, int] | None) -> None:

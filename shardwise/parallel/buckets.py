@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from shardwise.comm.collectives import Exchange
+from shardwise.comm.exchange import Bucketed, Pending, Piece
 from shardwise.comm.tree import Node, push
-from shardwise.comm.work import GuardedWork
 
 Zeros = Callable[[int, torch.dtype, torch.device], Tensor]  # a 1-D tensor of zeros
 
@@ -57,7 +56,15 @@ class Bucket:
         self.nodes: list[tuple[Node, Buffer]] = []
         self.current = self._take()
         self.missing = len(self.parameters)
-        self.work: GuardedWork | Exchange | None = None
+        self.work: Pending | None = None
+
+    def described(self, names: Sequence[str]) -> Bucketed:
+        """The layout, with the parameters called by `names`, which their members number."""
+        pieces = tuple(
+            Piece(names[member], offset, tuple(parameter.shape))
+            for member, offset, parameter in zip(self.members, self._offsets, self.parameters, strict=True)
+        )
+        return Bucketed(self._body, self._like.dtype, self._like.device, pieces)
 
     def _take(self) -> Buffer:
         if self._spare:
