@@ -72,12 +72,26 @@ class TreeExchange:
         return self._result
 
 
-def broadcast_all(tensors: Sequence[Tensor], group: Group, *, root: int = 0) -> None:
-    """Give every rank the values of `root`, in place, in one message for each dtype and device."""
+def average_all(tensors: Sequence[Tensor], group: Group) -> None:
+    """Every tensor becomes its mean over the ranks, in place, in one message for each dtype and device."""
+    for alike in _alike(tensors):
+        flat = torch.cat([t.reshape(-1) for t in alike])
+        group.all_reduce(flat, dist.ReduceOp.AVG).wait()
+        for tensor, piece in zip(alike, flat.split([t.numel() for t in alike]), strict=True):
+            tensor.copy_(piece.view_as(tensor))
+
+
+def _alike(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Without their autograd history, together by dtype and device."""
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
         kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
-    for alike in kinds.values():
+    return list(kinds.values())
+
+
+def broadcast_all(tensors: Sequence[Tensor], group: Group, *, root: int = 0) -> None:
+    """Give every rank the values of `root`, in place, in one message for each dtype and device."""
+    for alike in _alike(tensors):
         flat = torch.cat([t.reshape(-1) for t in alike])
         as_bytes = flat.view(torch.uint8) if flat.dtype == torch.bool else flat
         group.broadcast([as_bytes], root=root).wait()

@@ -9,6 +9,19 @@ import torch
 from torch import Tensor
 
 
+class Codec(Protocol):
+    """Flat float32 <-> uint8, losing something. All tensors are 1-D and contiguous."""
+
+    def payload_bytes(self, numel: int) -> int:
+        """The length of the payload of `numel` values, whatever they are."""
+
+    def encode(self, values: Tensor, out: Tensor) -> None:
+        """Fill `out` (uint8 [payload_bytes(values.numel())])."""
+
+    def decode(self, payload: Tensor, out: Tensor) -> None:
+        """Overwrite `out` (float32 [numel]); what was not finite is not."""
+
+
 class Piece(NamedTuple):
     """One parameter's gradient in a bucket: `shape` from element `offset` of the body on."""
 

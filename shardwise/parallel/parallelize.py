@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,9 @@ from shardwise.parallel.coupling import UNKNOWN, agree
 from shardwise.parallel.exact import ShardBuffers
 from shardwise.parallel.precision import Formats, LossScaler
 from shardwise.parallel.reducer import Reducer
+from shardwise.parallel.words import synchroniser
 from shardwise.plan.support import refuse_unbuilt
+from shardwise.plan.synchronisations import refuse_together
 from shardwise.spec.plan import Plan
 
 
@@ -55,13 +57,21 @@ class Replica:
         self._guessed = False
         self._norms = norms
         self._buffers = ShardBuffers(module, self.axis) if shards else None
-        self.reducer: Reducer | Alone = Alone(self._named)
-        if self.axis.size > 1 or shards:
-            self.reducer = Reducer(self._named, self.axis, bucket_bytes=plan.sync.bucket_bytes, shards=shards)
+        self.synchroniser = synchroniser(self._named, self.axis, plan.sync, shards=shards)
         self._watch: Any = None
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:
         return list(self.module.named_parameters())
+
+    @property
+    def reducer(self) -> Reducer | Alone:
+        """What the gradients of the coming step go through."""
+        return self.synchroniser.reducer
+
+    @property
+    def speaks_for(self) -> int:
+        """How many replicas the coming step's totals stand for: all, where they are this rank's own."""
+        return self.axis.size if self.synchroniser.own_totals else 1
 
     # The phases of a step, in the order in which `step` calls them.
 
@@ -119,7 +129,8 @@ class Replica:
         """The first guess of the global weight: `weight` is rank 0's share of it, or shard 0's in exact mode, or all of
         it when losses are gathered. A loaded guess is kept."""
         if not self._guessed and weight > 0:
-            self.guess = weight * (1 if self.coupled == "gather" else self.shards or self.axis.size)
+            whole = self.coupled == "gather" or self.synchroniser.own_totals
+            self.guess = weight * (1 if whole else self.shards or self.axis.size)
         self._guessed = True
 
     @staticmethod
@@ -174,8 +185,7 @@ class Replica:
 
     def close(self) -> None:
         """Leave the module as an ordinary one: no hooks, batch norms as they were, gradients None."""
-        self.reducer.clear()
-        self.reducer.close()
+        self.synchroniser.close()
         if self._norms is not None:
             self._norms.close()
         if self._watch is not None:
@@ -199,11 +209,7 @@ def parallelize(
     """
     refuse_unbuilt(plan)
     norms = batch_norms(module)
-    if plan.exact and batch_norm == "sync" and norms:
-        raise SpecError(
-            f"exact=True cannot synchronise batch norms ({', '.join(list(norms)[:3])}): their sums over ranks are in "
-            "no fixed order. Use batch_norm='local', or a norm over features such as GroupNorm."
-        )
+    _refuse_combinations(plan, list(norms), batch_norm, coupled)
     if mesh.device.type == "cpu":
         keep_freed_memory()
     module.to(mesh.device)
@@ -223,6 +229,18 @@ def parallelize(
     if compile:
         module.compile()
     return Replica(module, plan, mesh, coupled=coupled, shards=logical_shards if plan.exact else None, norms=sync)
+
+
+def _refuse_combinations(plan: Plan, norms: Sequence[str], batch_norm: str, coupled: str) -> None:
+    if plan.exact and batch_norm == "sync" and norms:
+        raise SpecError(
+            f"exact=True cannot synchronise batch norms ({', '.join(list(norms)[:3])}): their sums over ranks are in "
+            "no fixed order. Use batch_norm='local', or a norm over features such as GroupNorm."
+        )
+    if plan.data > 1 and norms and batch_norm == "sync":
+        refuse_together(plan, "batch_norm", "batch_norm='sync'")
+    if plan.data > 1 and coupled == "gather":
+        refuse_together(plan, "coupled", "coupled='gather'")
 
 
 def _refuse_unlike(module: nn.Module, mesh: Mesh) -> None:

@@ -41,7 +41,8 @@ class StepResult(NamedTuple):
     """The mean loss over the global weight, the gradient's norm before clipping, and where the seconds went.
 
     `comm_s` is the time spent waiting for other ranks, not what overlapped with the backward pass. With a global weight
-    of 0 nothing was counted: the loss is 0 and the step is `skipped`.
+    of 0 nothing was counted: the loss is 0 and the step is `skipped`. Between two synchronisations of local updates
+    loss and norm are this rank's own, and the weight is as if the others had as much.
     """
 
     loss: float
@@ -90,22 +91,34 @@ def step(
             unit="shard" if replica.shards else "rank",
         )
         skipped = _skips(verdict, totals, on_nan, scaler)
+        weight = totals.weight * replica.speaks_for
         if skipped:
             for buffer, kept in zip(buffers, before, strict=True):
                 buffer.copy_(kept)
-        if not skipped:
-            if verdict.factor != 1.0:
-                replica.reducer.scale(verdict.factor)
-            with user_code("the optimizer"):
-                for optimizer in optimizers:
-                    optimizer.step()
+        waited_after = _update(replica, optimizers, verdict.factor, skipped=skipped)
     finally:
         replica.reducer.clear()
     if totals.weight > 0 and not totals.bad:
         replica.guess = totals.weight
     mean = totals.loss_sum / totals.weight if totals.weight else 0.0
     ended = time.perf_counter()
-    return StepResult(mean, totals.weight, verdict.norm, skipped, computed - began - waited, waited, ended - computed)
+    return StepResult(
+        mean,
+        weight,
+        verdict.norm,
+        skipped,
+        computed - began - waited,
+        waited + waited_after,
+        ended - computed - waited_after,
+    )
+
+
+def _update(replica: Replica, optimizers: Sequence[torch.optim.Optimizer], factor: float, *, skipped: bool) -> float:
+    """The parameters follow the gradients, times `factor`; the seconds that was waited for other ranks."""
+    if not skipped and factor != 1.0:
+        replica.reducer.scale(factor)
+    with user_code("the optimizer"):
+        return replica.synchroniser.finish_step(optimizers, skipped=skipped)
 
 
 def _skips(verdict: Verdict, totals: Totals, on_nan: str, scaler: LossScaler | None) -> bool:

@@ -65,7 +65,9 @@ class Sync(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             structs.force_setattr(self, "method", "stale" if self.bound and "stale" in methods else next(iter(methods)))
         if self.method not in methods:
             known = list(filter(None, methods))
-            raise SpecError(f"sync.method={self.method} is no method of sync={self.word}{did_you_mean(self.method, known)}")
+            raise SpecError(
+                f"sync.method={self.method} is no method of sync={self.word}{did_you_mean(self.method, known)}"
+            )
         self._refuse_unused()
         if self.word == "local" and not self.every:
             structs.force_setattr(self, "every", LOCAL_STEPS)

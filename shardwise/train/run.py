@@ -86,9 +86,10 @@ class Trainer:
         return result
 
     def finish(self) -> None:
-        """The last checkpoint, and what this rank's memory was at its peak."""
+        """The last checkpoint, and what this rank's memory was at its peak. All ranks agree from here on."""
         if self.state.saved != self.state.step:
             self.save()
+        self.replica.synchroniser.settle(self.optimizers.optimizers)
         events.emit("memory", rank=self.mesh.rank, peak_bytes=peak_bytes(str(self.mesh.device)))
 
     def _guarded(self, local: LocalStep) -> StepResult:
@@ -147,7 +148,8 @@ class Trainer:
         if self.prepared.eval is None:
             return {}
         began = time.perf_counter()
-        found = evaluate_replica(self.replica, self.prepared, self.job)
+        with self.replica.synchroniser.consistent():
+            found = evaluate_replica(self.replica, self.prepared, self.job)
         if "tokens" in self.prepared.facts:
             found["perplexity"] = math.exp(min(found["loss"], 700.0))
         self.state.evaluations.append({"step": self.state.step, **found})

@@ -1,0 +1,93 @@
+"""How the replicas of the data axis agree: what a step leaves to the plan's word of synchronisation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from shardwise.comm.exchange import Exchange
+from shardwise.comm.mesh import Axis
+from shardwise.parallel.alone import Alone
+from shardwise.parallel.reducer import Named, Reducer
+from shardwise.spec.sync import Sync
+
+Optimizers = Sequence[torch.optim.Optimizer]
+
+
+class Kept(NamedTuple):
+    """What a word keeps from step to step: `rows` of this rank alone, `common` the same on all, and plain numbers."""
+
+    rows: dict[str, Tensor]
+    common: dict[str, Tensor]
+    numbers: dict[str, float | int]
+
+
+class KeptByAll(NamedTuple):
+    """The same as a checkpoint has it: the rows of every rank that wrote it, [ranks, ...] each."""
+
+    rows: Mapping[str, Tensor]
+    common: Mapping[str, Tensor]
+    numbers: Mapping[str, float | int]
+
+
+class Synchroniser:
+    """Gradients summed over the ranks in every step: the words `all_reduce` and, with an exchange, `compressed`.
+
+    A step computes its gradients with `reducer` and calls `finish_step`. Other words override what they do otherwise.
+    """
+
+    own_totals = False  # whether the reducer's totals are those of this rank alone
+
+    def __init__(
+        self,
+        named: Callable[[], Named],
+        axis: Axis,
+        sync: Sync,
+        *,
+        shards: int | None = None,
+        exchange: Exchange | None = None,
+    ) -> None:
+        self._exchange = exchange
+        self._reducer: Reducer | Alone = Alone(named)
+        if axis.size > 1 or shards:
+            self._reducer = Reducer(named, axis, bucket_bytes=sync.bucket_bytes, shards=shards, exchange=exchange)
+
+    @property
+    def reducer(self) -> Reducer | Alone:
+        """What the gradients of the coming step go through."""
+        return self._reducer
+
+    def finish_step(self, optimizers: Optimizers, *, skipped: bool) -> float:
+        """Update the parameters (unless `skipped`) and agree; the seconds waited for other ranks. Every rank calls it
+        for every step."""
+        if not skipped:
+            for optimizer in optimizers:
+                optimizer.step()
+        return 0.0
+
+    @contextlib.contextmanager
+    def consistent(self, optimizers: Optimizers = ()) -> Iterator[None]:
+        """In this block the module (and `optimizers`) hold what all ranks agree on, to evaluate or save. Collective."""
+        yield
+
+    def settle(self, optimizers: Optimizers = ()) -> None:
+        """Make what `consistent` shows the state, for good: the end of training. Collective."""
+
+    def keep(self, optimizers: Optimizers) -> Kept:
+        """What a checkpoint must have for the next step to be the same, beyond the module and the optimizers."""
+        return Kept(self._exchange.state() if self._exchange is not None else {}, {}, {})
+
+    def take(self, kept: KeptByAll, rank: int, optimizers: Optimizers) -> None:
+        """Go on from what `keep` returned on the ranks of a checkpoint, perhaps another number of them."""
+        if self._exchange is not None:
+            ranks = max((len(rows) for rows in kept.rows.values()), default=0)
+            self._exchange.load_state([{n: rows[r] for n, rows in kept.rows.items()} for r in range(ranks)], rank)
+
+    def close(self) -> None:
+        """Take the hooks off the module."""
+        self.reducer.clear()
+        self.reducer.close()
