@@ -42,17 +42,28 @@ class LocalUpdates(Synchroniser):
         self._sync = sync
         self._alone = Alone(named)
         self._steps = 0
+        self._exact = False
         self._fragments: list[Fragment] = []
         if not sync.start:
             self._part()
 
     @property
-    def own_totals(self) -> bool:  # type: ignore[override]
-        return bool(self._fragments)
+    def own_totals(self) -> bool:
+        return bool(self._fragments) and not self._exact
 
     @property
     def reducer(self) -> Reducer | Alone:
-        return self._alone if self._fragments else self._reducer
+        return self._alone if self.own_totals else self._reducer
+
+    @property
+    def alike(self) -> bool:
+        meeting = (self._steps - self._sync.start) % self._sync.every == 0
+        return not self._fragments or (meeting and len(self._fragments) == 1 and not self._sync.overlap)
+
+    def make_exact(self, exact: bool) -> None:
+        if self._fragments and exact != self._exact:
+            self._exact = exact
+            (self._reducer.reopen if exact else self._reducer.close)()
 
     def finish_step(self, optimizers: Optimizers, *, skipped: bool) -> float:
         super().finish_step(optimizers, skipped=skipped)
@@ -130,7 +141,7 @@ class LocalUpdates(Synchroniser):
         return Kept(rows, common, {"steps": self._steps})
 
     def take(self, kept: KeptByAll, rank: int, optimizers: Optimizers) -> None:
-        self._steps = int(kept.numbers.get("steps", 0))
+        self._steps = int(kept.plain.get("steps", 0))
         if self._steps < self._sync.start:
             return
         self._part()
@@ -138,7 +149,7 @@ class LocalUpdates(Synchroniser):
         parameters = [p for f in self._fragments for p in f.parameters]
         for fragment in self._fragments:
             fragment.take_common(kept.common)
-        if any(len(rows) != self._size for rows in kept.rows.values()):
+        if {len(rows) for rows in kept.rows.values()} != {self._size}:
             return  # other ranks: each begins at the mean, which the module and the optimizers have
         for fragment in self._fragments:
             fragment.take_rows(kept.rows, rank)

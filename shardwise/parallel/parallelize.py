@@ -43,6 +43,7 @@ class Replica:
         coupled: Literal["refuse", "gather"],
         shards: int | None,
         norms: BatchNormSync | None,
+        allow: Sequence[str],
     ) -> None:
         self.module = module
         self.plan = plan
@@ -57,7 +58,7 @@ class Replica:
         self._guessed = False
         self._norms = norms
         self._buffers = ShardBuffers(module, self.axis) if shards else None
-        self.synchroniser = synchroniser(self._named, self.axis, plan.sync, shards=shards)
+        self.synchroniser = synchroniser(self._named, mesh, plan.sync, shards=shards, allow=allow)
         self._watch: Any = None
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:
@@ -72,6 +73,11 @@ class Replica:
     def speaks_for(self) -> int:
         """How many replicas the coming step's totals stand for: all, where they are this rank's own."""
         return self.axis.size if self.synchroniser.own_totals else 1
+
+    @property
+    def divisor(self) -> float:
+        """What the loss is divided by before backward: the guess, or this rank's share of it where totals are its own."""
+        return self.guess / self.speaks_for
 
     # The phases of a step, in the order in which `step` calls them.
 
@@ -123,14 +129,13 @@ class Replica:
 
     def scale(self, scaler: LossScaler | None) -> float:
         """What the loss sum is multiplied with before backward."""
-        return (scaler.scale if scaler is not None else 1.0) / self.guess
+        return (scaler.scale if scaler is not None else 1.0) / self.divisor
 
     def settle_guess(self, weight: float) -> None:
         """The first guess of the global weight: `weight` is rank 0's share of it, or shard 0's in exact mode, or all of
         it when losses are gathered. A loaded guess is kept."""
         if not self._guessed and weight > 0:
-            whole = self.coupled == "gather" or self.synchroniser.own_totals
-            self.guess = weight * (1 if whole else self.shards or self.axis.size)
+            self.guess = weight * (1 if self.coupled == "gather" else self.shards or self.axis.size)
         self._guessed = True
 
     @staticmethod
@@ -201,10 +206,12 @@ def parallelize(
     coupled: Literal["refuse", "gather"] = "refuse",
     compile: bool = False,
     logical_shards: int = 4,
+    allow: Sequence[str] = (),
 ) -> Replica:
     """Make `module` a replica on this rank: moved to the mesh's device, with rank 0's values, in place. Collective.
 
-    `logical_shards` is the number of shards of the global batch in exact mode. Raises SpecError for what the plan asks
+    `logical_shards` is the number of shards of the global batch in exact mode; `allow` names the words
+    that `sync=auto` may choose. Raises SpecError for what the plan asks
     and this version cannot do, JobError when the ranks built different modules.
     """
     refuse_unbuilt(plan)
@@ -228,7 +235,9 @@ def parallelize(
         sync = BatchNormSync(norms, second, mesh.device)
     if compile:
         module.compile()
-    return Replica(module, plan, mesh, coupled=coupled, shards=logical_shards if plan.exact else None, norms=sync)
+    return Replica(
+        module, plan, mesh, coupled=coupled, shards=logical_shards if plan.exact else None, norms=sync, allow=allow
+    )
 
 
 def _refuse_combinations(plan: Plan, norms: Sequence[str], batch_norm: str, coupled: str) -> None:

@@ -20,6 +20,7 @@ from shardwise.parallel.gathered import gathered_step
 from shardwise.parallel.parallelize import Replica
 from shardwise.parallel.precision import LossScaler
 from shardwise.parallel.statistics import Totals
+from shardwise.parallel.synchronise import StepTimes
 
 __all__ = ["StepResult", "evaluate", "step"]
 
@@ -85,24 +86,24 @@ def step(
         verdict = judge(
             totals,
             raw_norm,
-            guess=replica.guess,
+            guess=replica.divisor,
             loss_scale=scaler.scale if scaler else 1.0,
             clip_norm=clip_norm,
             unit="shard" if replica.shards else "rank",
         )
         skipped = _skips(verdict, totals, on_nan, scaler)
         weight = totals.weight * replica.speaks_for
+        if totals.weight > 0 and not totals.bad and replica.speaks_for == 1:
+            replica.guess = totals.weight
         if skipped:
             for buffer, kept in zip(buffers, before, strict=True):
                 buffer.copy_(kept)
         waited_after = _update(replica, optimizers, verdict.factor, skipped=skipped)
     finally:
         replica.reducer.clear()
-    if totals.weight > 0 and not totals.bad:
-        replica.guess = totals.weight
     mean = totals.loss_sum / totals.weight if totals.weight else 0.0
     ended = time.perf_counter()
-    return StepResult(
+    result = StepResult(
         mean,
         weight,
         verdict.norm,
@@ -111,6 +112,8 @@ def step(
         waited + waited_after,
         ended - computed - waited_after,
     )
+    replica.synchroniser.observe(StepTimes(result.compute_s + result.optimizer_s, result.comm_s), mean)
+    return result
 
 
 def _update(replica: Replica, optimizers: Sequence[torch.optim.Optimizer], factor: float, *, skipped: bool) -> float:

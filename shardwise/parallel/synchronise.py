@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +18,19 @@ from shardwise.spec.sync import Sync
 Optimizers = Sequence[torch.optim.Optimizer]
 
 
+class StepTimes(NamedTuple):
+    """Seconds of one step on this rank: at work, and waiting for others."""
+
+    work_s: float
+    wait_s: float
+
+
 class Kept(NamedTuple):
-    """What a word keeps from step to step: `rows` of this rank alone, `common` the same on all, and plain numbers."""
+    """What a word keeps from step to step: `rows` of this rank alone, `common` the same on all, and plain data."""
 
     rows: dict[str, Tensor]
     common: dict[str, Tensor]
-    numbers: dict[str, float | int]
+    plain: dict[str, Any]
 
 
 class KeptByAll(NamedTuple):
@@ -31,7 +38,7 @@ class KeptByAll(NamedTuple):
 
     rows: Mapping[str, Tensor]
     common: Mapping[str, Tensor]
-    numbers: Mapping[str, float | int]
+    plain: Mapping[str, Any]
 
 
 class Synchroniser:
@@ -39,8 +46,6 @@ class Synchroniser:
 
     A step computes its gradients with `reducer` and calls `finish_step`. Other words override what they do otherwise.
     """
-
-    own_totals = False  # whether the reducer's totals are those of this rank alone
 
     def __init__(
         self,
@@ -68,6 +73,24 @@ class Synchroniser:
             for optimizer in optimizers:
                 optimizer.step()
         return 0.0
+
+    def observe(self, times: StepTimes, loss: float) -> None:
+        """A step has ended with this loss. Called on every rank in every step."""
+
+    @property
+    def own_totals(self) -> bool:
+        """Whether the reducer's totals are those of this rank alone."""
+        return False
+
+    @property
+    def alike(self) -> bool:
+        """Whether the replicas have the same parameters now: then the coming step may be made exact."""
+        return True
+
+    def make_exact(self, exact: bool) -> None:
+        """Whether the coming step's gradients are the exact sum over ranks, whatever the word."""
+        if isinstance(self._reducer, Reducer) and self._exchange is not None:
+            self._reducer.exact = exact
 
     @contextlib.contextmanager
     def consistent(self, optimizers: Optimizers = ()) -> Iterator[None]:

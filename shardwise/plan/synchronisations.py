@@ -21,6 +21,7 @@ FEATURES = {
 LOCAL = ("microbatches", "resume", "other_ranks")
 SYNCHRONISATIONS: dict[tuple[str, str], tuple[str, ...]] = {
     ("all_reduce", ""): tuple(FEATURES),
+    ("auto", ""): LOCAL,
     ("local", "sgd"): LOCAL,
     ("local", "post_local"): LOCAL,
     ("local", "diloco"): LOCAL,

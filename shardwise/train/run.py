@@ -212,6 +212,7 @@ def build_replica(job: TrainJob, plan: Plan, mesh: Mesh) -> Replica:
         coupled=job.coupled,
         compile=job.compile,
         logical_shards=job.logical_shards,
+        allow=job.allow,
     )
 
 

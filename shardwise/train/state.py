@@ -90,7 +90,7 @@ class Saver:
                 self.store,
                 step=state.step,
                 tensors={**tensors, **rows, **{f"{COMMON}/{name}": t for name, t in kept.common.items()}},
-                scalars={**scalars, **mine, "sync": dict(kept.numbers)},
+                scalars={**scalars, **mine, "sync": kept.plain},
                 plan=self.mesh.plan,
                 rank=self.mesh.rank,
                 world=self.mesh.world,
@@ -112,8 +112,8 @@ class Saver:
             {name.removeprefix(kind): tensor for name, tensor in found.items() if name.startswith(kind)}
             for kind in kinds
         )
-        numbers = scalars.get("sync", {})
-        replica.synchroniser.take(KeptByAll(rows, common, numbers), self.mesh.rank, optimizers.optimizers)
+        plain = {"steps": manifest.step, **scalars.get("sync", {})}
+        replica.synchroniser.take(KeptByAll(rows, common, plain), self.mesh.rank, optimizers.optimizers)
 
     def last_good(self) -> str:
         """Where the newest checkpoint is, or an empty string."""

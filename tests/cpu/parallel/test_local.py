@@ -164,7 +164,7 @@ def interrupted(rank: Rank, sync: Sync, stop: int, kept: list[Any] | None) -> An
         with torch.no_grad():
             for p, value in zip(module.parameters(), kept[0][1], strict=True):
                 p.copy_(torch.tensor(value, dtype=p.dtype).view_as(p))
-        replica.synchroniser.take(KeptByAll(rows, kept[0][0].common, kept[0][0].numbers), rank.rank, [optimizer])
+        replica.synchroniser.take(KeptByAll(rows, kept[0][0].common, kept[0][0].plain), rank.rank, [optimizer])
     for s in range(first, last):
         step(replica, [optimizer], jobs.share(s, SAMPLES, rank.rank, rank.world, 1), loss=jobs.loss)
     found = replica.synchroniser.keep([optimizer])
