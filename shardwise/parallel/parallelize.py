@@ -76,7 +76,7 @@ class Replica:
 
     @property
     def divisor(self) -> float:
-        """What the loss is divided by before backward: the guess, or this rank's share of it where totals are its own."""
+        """What the loss is divided by before backward: the guess, or a share of it where totals are this rank's own."""
         return self.guess / self.speaks_for
 
     # The phases of a step, in the order in which `step` calls them.
