@@ -412,6 +412,10 @@ def warning_text(event: Event) -> str:
             return f"checkpoint {word(event, 'path')} is damaged: {word(event, 'why')}"
         case "non_finite":
             return f"loss or gradient not finite in step {at}, samples {_samples(event)}"
+        case "sync_chosen":
+            return f"sync=auto: {word(event, 'why')}"
+        case "sync_given_up":
+            return f"sync=auto went back to all_reduce: {word(event, 'why')}"
         case "early_stop":
             best = whole(event, "best_step")
             since = "" if best is None else f" since step {best}"
