@@ -77,6 +77,9 @@ class CompressedSum:
         residual = self._residuals.of(number) if self._residuals is not None else None
         return self._method.begin(number, residual, body, tail, mean=mean)
 
+    def close(self) -> None:
+        """See `Exchange.close`."""
+
     def state(self) -> dict[str, Tensor]:
         """`residual.NAME` is this rank's own, in the shape of the parameter; the rest is the same on every rank."""
         found = {STEPS: torch.tensor(self._steps)}

@@ -9,19 +9,6 @@ import torch
 from torch import Tensor
 
 
-class Codec(Protocol):
-    """Flat float32 <-> uint8, losing something. All tensors are 1-D and contiguous."""
-
-    def payload_bytes(self, numel: int) -> int:
-        """The length of the payload of `numel` values, whatever they are."""
-
-    def encode(self, values: Tensor, out: Tensor) -> None:
-        """Fill `out` (uint8 [payload_bytes(values.numel())])."""
-
-    def decode(self, payload: Tensor, out: Tensor) -> None:
-        """Overwrite `out` (float32 [numel]); what was not finite is not."""
-
-
 class Piece(NamedTuple):
     """One parameter's gradient in a bucket: `shape` from element `offset` of the body on."""
 
@@ -47,7 +34,12 @@ class Pending(Protocol):
 
 
 class Exchange(Protocol):
-    """What the reducer calls in place of an all-reduce; on every rank in the same order."""
+    """What the reducer calls in place of an all-reduce; on every rank in the same order.
+
+    While `exact` is true its sums lose nothing and are those of the step itself.
+    """
+
+    exact: bool
 
     def arrange(self, buckets: Sequence[Bucketed]) -> None:
         """The buckets are laid out like this from now on. What is kept for a parameter is kept under its name."""
@@ -57,6 +49,9 @@ class Exchange(Protocol):
 
         The tail becomes the exact sum over ranks, the body the sum (or the `mean`), with the same bits on all ranks.
         """
+
+    def close(self) -> None:
+        """No step follows."""
 
     def state(self) -> dict[str, Tensor]:
         """What this rank keeps from step to step, by name."""

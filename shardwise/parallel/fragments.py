@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shardwise.comm.exchange import Codec
+from shardwise.comm.codec import Codec
 from shardwise.comm.group import Group
 from shardwise.comm.work import GuardedWork
 from shardwise.parallel.reducer import Named

@@ -14,8 +14,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from shardwise.comm.codec import Codec
 from shardwise.comm.collectives import average_all
-from shardwise.comm.exchange import Codec
 from shardwise.comm.group import Group
 from shardwise.comm.mesh import Axis
 from shardwise.parallel.alone import Alone

@@ -53,7 +53,6 @@ class Reducer:
         self._bucket_bytes = bucket_bytes
         self._shards = shards
         self._exchange = exchange
-        self.exact = exchange is None  # else: whether the coming step does without the exchange
         self._slots = shards or axis.size
         self._tree = TreeSum(axis.group, shards) if shards and axis.group is not None else None
         self._mine = span(axis.rank, axis.size, shards) if shards else Node(0, 0)
@@ -302,7 +301,7 @@ class Reducer:
             return
         if self._tree is not None:
             bucket.work = self._tree.start([buffer.flat for _, buffer in bucket.nodes] or [whole.flat])
-        elif self._exchange is not None and not self.exact:
+        elif self._exchange is not None:
             number = self._next - 1
             bucket.work = self._exchange.start(number, whole.flat, whole.body, whole.tail, mean=self._mean)
         else:

@@ -89,8 +89,8 @@ class Synchroniser:
 
     def make_exact(self, exact: bool) -> None:
         """Whether the coming step's gradients are the exact sum over ranks, whatever the word."""
-        if isinstance(self._reducer, Reducer) and self._exchange is not None:
-            self._reducer.exact = exact
+        if self._exchange is not None:
+            self._exchange.exact = exact
 
     @contextlib.contextmanager
     def consistent(self, optimizers: Optimizers = ()) -> Iterator[None]:
@@ -106,11 +106,13 @@ class Synchroniser:
 
     def take(self, kept: KeptByAll, rank: int, optimizers: Optimizers) -> None:
         """Go on from what `keep` returned on the ranks of a checkpoint, perhaps another number of them."""
-        if self._exchange is not None:
-            ranks = max((len(rows) for rows in kept.rows.values()), default=0)
+        ranks = max((len(rows) for rows in kept.rows.values()), default=0)
+        if self._exchange is not None and ranks:
             self._exchange.load_state([{n: rows[r] for n, rows in kept.rows.items()} for r in range(ranks)], rank)
 
     def close(self) -> None:
         """Take the hooks off the module."""
         self.reducer.clear()
         self.reducer.close()
+        if self._exchange is not None:
+            self._exchange.close()

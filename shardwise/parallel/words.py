@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from shardwise.comm.delayed import Delayed
+from shardwise.comm.exchange import Exchange
 from shardwise.comm.mesh import Mesh
+from shardwise.comm.methods import make_codec, make_sum
 from shardwise.parallel.auto import AutoSync
 from shardwise.parallel.local import LocalUpdates
 from shardwise.parallel.reducer import Named
 from shardwise.parallel.synchronise import Synchroniser
 from shardwise.spec.sync import Sync
+
+CODECS = {16: "bf16", 8: "int8", 4: "int4"}
 
 
 def synchroniser(
@@ -22,5 +27,18 @@ def synchroniser(
     if sync.word == "auto":
         return AutoSync(named, mesh, sync, allow=allow, make=lambda chosen: synchroniser(named, mesh, chosen))
     if sync.word == "local":
-        return LocalUpdates(named, axis, sync)
-    return Synchroniser(named, axis, sync, shards=shards)
+        codec = make_codec(CODECS[sync.bits]) if sync.bits in CODECS else None
+        return LocalUpdates(named, axis, sync, codec)
+    return Synchroniser(named, axis, sync, shards=shards, exchange=_exchange(mesh, sync))
+
+
+def _exchange(mesh: Mesh, sync: Sync) -> Exchange | None:
+    if sync.word != "compressed":
+        return None
+    if not sync.overlap:
+        group = mesh.axis("data").group
+        assert group is not None
+        return make_sum(group, sync)
+    second = mesh.second_group("data")  # its thread's operations are in no order with the others
+    assert second is not None
+    return Delayed(make_sum(second, sync), start=sync.start)

@@ -14,10 +14,10 @@ Word = Literal["all_reduce", "compressed", "local", "param_server", "auto"]
 METHODS: dict[str, dict[str, tuple[str, ...]]] = {
     "all_reduce": {"": ()},
     "compressed": {
-        "int8": ("start",),
-        "bf16": ("start",),
-        "topk": ("start", "density"),
-        "powersgd": ("start", "rank"),
+        "int8": ("start", "overlap"),
+        "bf16": ("start", "overlap"),
+        "topk": ("start", "overlap", "density"),
+        "powersgd": ("start", "overlap", "rank"),
     },
     "local": {
         "diloco": ("start", "every", "bits", "overlap", "outer_lr", "outer_momentum"),
@@ -37,11 +37,12 @@ class Sync(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     `method` is one of `METHODS[word]`, its first one unless given (with a `bound`: stale). `start` counts the steps
     that are exact before the method begins. Of `compressed`: `density` is the share of elements that top-k sends,
-    `rank` PowerSGD's. Of `local`: `every` counts the steps of a replica between two synchronisations, `bits` are sent
-    for an element, `overlap` counts the steps during which that is on its way; DiLoCo's outer optimizer (Douillard et
-    al. 2023, algorithm 1) has `outer_lr` and `outer_momentum`; `fragments` of the parameters take turns in streaming
-    DiLoCo (Douillard et al. 2025). Of `param_server`: `bound` counts the clocks that a worker may be ahead of the
-    slowest, `backup` the workers whose gradients of a clock are not waited for. `auto` measures, then picks one.
+    `rank` PowerSGD's; with `overlap=1` sums arrive a step late. Of `local`: `every` counts the steps of a replica
+    between two synchronisations, `bits` are sent for an element, `overlap` counts the steps during which that is on its
+    way; DiLoCo's outer optimizer (Douillard et al. 2023, algorithm 1) has `outer_lr` and `outer_momentum`; `fragments`
+    of the parameters take turns in streaming DiLoCo (Douillard et al. 2025). Of `param_server`: `bound` counts the
+    clocks that a worker may be ahead of the slowest, `backup` the workers whose gradients of a clock are not waited
+    for. `auto` measures, then picks one.
     """
 
     word: Word = "all_reduce"
@@ -101,8 +102,13 @@ class Sync(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise SpecError(f"sync.density={self.density}: it is the share of elements that are sent, above 0 up to 1.")
         if not self.outer_lr > 0 or not 0 <= self.outer_momentum < 1:
             raise SpecError("sync.outer_lr must be above 0, sync.outer_momentum at least 0 and below 1.")
+        self._refuse_overlaps()
+
+    def _refuse_overlaps(self) -> None:
         if self.method == "post_local" and not self.start:
             raise SpecError("sync.method=post_local needs sync.start, the step from which on replicas step locally.")
+        if self.word == "compressed" and self.overlap > 1:
+            raise SpecError(f"sync.overlap={self.overlap} with sync=compressed: sums can be one step late, or none.")
         if self.word == "local" and self.overlap >= self.every:
             raise SpecError(
                 f"sync.overlap={self.overlap} must be below sync.every={self.every}: what is sent must have arrived "

@@ -16,6 +16,9 @@ from tests.cpu.train.test_train import losses, named, weights
 Train = Callable[..., Any]
 
 NUMBERS = {  # small enough that a run of 12 steps meets several times
+    "int8": "sync.overlap=1",
+    "powersgd": "sync.rank=1",
+    "topk": "sync.density=0.1",
     "sgd": "sync.every=3",
     "post_local": "sync.every=3,sync.start=2",
     "diloco": "sync.every=3",
