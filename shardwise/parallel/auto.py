@@ -96,7 +96,7 @@ class AutoSync(Synchroniser):
             self._judge(loss)
         else:
             self._band.add(loss)
-        if self._check_every and self._since_check >= self._check_every and self._inner.alike:
+        if self._check_every and self._since_check >= self._check_every:
             self._since_check = 0
             self._checking = True
             self._inner.make_exact(True)

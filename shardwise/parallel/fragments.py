@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,12 +15,21 @@ from shardwise.comm.work import GuardedWork
 from shardwise.parallel.reducer import Named
 
 
+class _Sent(NamedTuple):
+    """On its way: where the replica was, what it told of its distance, and what the others tell."""
+
+    here: Tensor
+    told: Tensor
+    received: Tensor
+    work: GuardedWork
+
+
 class Fragment:
     """Parameters that are sent together, where all replicas were when they last met, and the outer optimizer's state.
 
-    `send` starts the mean of what the replicas moved since then (as `codec` rounds it; what rounding took away goes
-    with the next one), `arrive` ends it: an outer step of `rate` and Nesterov `momentum`, as `torch.optim.SGD` has it,
-    moves the meeting point, and the replica with it.
+    `send` starts the mean of how far the replicas are from there, as `codec` has it; what that leaves out stays in the
+    replica's parameters, and is told another time. `arrive` ends it: an outer step of `rate` and Nesterov `momentum`,
+    as `torch.optim.SGD` has it, moves the meeting point, and the mean takes the place of what the replica told.
     """
 
     def __init__(self, named: Named, group: Group, *, codec: Codec | None, rate: float, momentum: float) -> None:
@@ -34,39 +44,44 @@ class Fragment:
         self._sizes = [p.numel() for p in self.parameters]
         self.meeting = self._flat()
         self.velocity = torch.zeros_like(self.meeting)
-        self.residual = torch.zeros_like(self.meeting) if self._codec is not None else None
-        self._sent: tuple[Tensor, Tensor, GuardedWork] | None = None
+        self._sent: _Sent | None = None
+
+    def begin_here(self) -> None:
+        """All replicas are where this one is."""
+        self.meeting = self._flat()
 
     def send(self) -> None:
-        """Start to tell the others how far this replica has come."""
+        """Start to tell the others how far this replica is from the meeting point."""
         self.arrive()
         here = self._flat()
-        moved = self.meeting - here
+        apart = self.meeting - here
         if self._codec is None:
-            self._sent = here, moved, self._group.all_reduce(moved, dist.ReduceOp.AVG)
-            return
-        assert self.residual is not None
-        moved.add_(self.residual)
-        mine = torch.empty(self._codec.payload_bytes(moved.numel()), dtype=torch.uint8, device=moved.device)
-        self._codec.encode(moved, mine)
-        told = torch.empty_like(moved)
-        self._codec.decode(mine, told)
-        torch.sub(moved, told, out=self.residual)
-        all_payloads = mine.new_empty(self._group.size() * mine.numel())
-        self._sent = here, all_payloads, self._group.all_gather_single(all_payloads, mine)
+            told = apart
+            received = apart.clone()
+            work = self._group.all_reduce(received, dist.ReduceOp.AVG)
+        else:
+            mine = torch.empty(self._codec.payload_bytes(apart.numel()), dtype=torch.uint8, device=apart.device)
+            self._codec.encode(apart, mine)
+            told = torch.empty_like(apart)
+            self._codec.decode(mine, told)
+            received = mine.new_empty(self._group.size() * mine.numel())
+            work = self._group.all_gather_single(received, mine)
+        self._sent = _Sent(here, told, received, work)
 
     def arrive(self) -> None:
         """Wait for what was sent, if anything was, and follow it."""
         if self._sent is None:
             return
-        here, received, work = self._sent
+        here, told, received, work = self._sent
         self._sent = None
         work.wait()
+        before = self.meeting.clone()
         self._outer_step(self._mean(received))
         now = self._flat()
-        # a replica that has gone on since keeps the way it went; one that has not is where the others are, to the bit
-        target = self.meeting if torch.equal(now, here) else now.add_(self.meeting - here)
-        self._put(target)
+        if self._codec is None and torch.equal(now, here):
+            self._put(self.meeting)  # all are in one place, to the bit
+        else:
+            self._put(now.add_(told).add_(self.meeting).sub_(before))
 
     def _mean(self, received: Tensor) -> Tensor:
         if self._codec is None:
@@ -95,9 +110,8 @@ class Fragment:
     # The checkpoint.
 
     def rows(self) -> dict[str, Tensor]:
-        """What only this rank has: its parameters, and what rounding took away."""
-        found = {f"parameter/{name}": p.detach() for name, p in zip(self.names, self.parameters, strict=True)}
-        return found | (self._named("residual", self.residual) if self.residual is not None else {})
+        """What only this rank has."""
+        return {f"parameter/{name}": p.detach() for name, p in zip(self.names, self.parameters, strict=True)}
 
     def common(self) -> dict[str, Tensor]:
         """What all ranks have alike."""
@@ -108,10 +122,6 @@ class Fragment:
         with torch.no_grad():
             for name, parameter in zip(self.names, self.parameters, strict=True):
                 parameter.copy_(rows[f"parameter/{name}"][rank])
-            if self.residual is not None:
-                for name, view in self._named("residual", self.residual).items():
-                    if name in rows:
-                        view.copy_(rows[name][rank])
 
     def take_common(self, common: Mapping[str, Tensor]) -> None:
         for name, view in self.common().items():

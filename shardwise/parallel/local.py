@@ -55,14 +55,11 @@ class LocalUpdates(Synchroniser):
     def reducer(self) -> Reducer | Alone:
         return self._alone if self.own_totals else self._reducer
 
-    @property
-    def alike(self) -> bool:
-        meeting = (self._steps - self._sync.start) % self._sync.every == 0
-        return not self._fragments or (meeting and len(self._fragments) == 1 and not self._sync.overlap)
-
     def make_exact(self, exact: bool) -> None:
         if self._fragments and exact != self._exact:
             self._exact = exact
+            if exact:
+                self._meet()
             (self._reducer.reopen if exact else self._reducer.close)()
 
     def finish_step(self, optimizers: Optimizers, *, skipped: bool) -> float:
@@ -101,6 +98,14 @@ class LocalUpdates(Synchroniser):
             )
             for part in cut_evenly(trainable, count)
         ]
+
+    def _meet(self) -> None:
+        """All replicas go to their mean, and count from there."""
+        for fragment in self._fragments:
+            fragment.arrive()
+        self.settle()
+        for fragment in self._fragments:
+            fragment.begin_here()
 
     # What all agree on: the mean of the replicas.
 

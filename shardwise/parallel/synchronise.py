@@ -82,13 +82,9 @@ class Synchroniser:
         """Whether the reducer's totals are those of this rank alone."""
         return False
 
-    @property
-    def alike(self) -> bool:
-        """Whether the replicas have the same parameters now: then the coming step may be made exact."""
-        return True
-
     def make_exact(self, exact: bool) -> None:
-        """Whether the coming step's gradients are the exact sum over ranks, whatever the word."""
+        """Whether the coming step's gradients are the exact sum over ranks, whatever the word. Replicas that are apart
+        meet first. Collective."""
         if self._exchange is not None:
             self._exchange.exact = exact
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from shardwise.comm.codec import Codec
 from shardwise.comm.delayed import Delayed
 from shardwise.comm.exchange import Exchange
 from shardwise.comm.mesh import Mesh
@@ -27,9 +28,15 @@ def synchroniser(
     if sync.word == "auto":
         return AutoSync(named, mesh, sync, allow=allow, make=lambda chosen: synchroniser(named, mesh, chosen))
     if sync.word == "local":
-        codec = make_codec(CODECS[sync.bits]) if sync.bits in CODECS else None
-        return LocalUpdates(named, axis, sync, codec)
+        return LocalUpdates(named, axis, sync, _codec(sync))
     return Synchroniser(named, axis, sync, shards=shards, exchange=_exchange(mesh, sync))
+
+
+def _codec(sync: Sync) -> Codec | None:
+    """What local updates go through on the wire."""
+    if sync.method == "sparse":
+        return make_codec("topk", density=sync.density)
+    return make_codec(CODECS[sync.bits]) if sync.bits in CODECS else None
 
 
 def _exchange(mesh: Mesh, sync: Sync) -> Exchange | None:

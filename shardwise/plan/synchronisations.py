@@ -30,6 +30,7 @@ SYNCHRONISATIONS: dict[tuple[str, str], tuple[str, ...]] = {
     ("local", "sgd"): LOCAL,
     ("local", "post_local"): LOCAL,
     ("local", "diloco"): LOCAL,
+    ("local", "sparse"): LOCAL,
     ("local", "streaming"): LOCAL,
 }
 

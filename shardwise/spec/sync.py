@@ -23,6 +23,7 @@ METHODS: dict[str, dict[str, tuple[str, ...]]] = {
         "diloco": ("start", "every", "bits", "overlap", "outer_lr", "outer_momentum"),
         "sgd": ("start", "every", "bits", "overlap"),
         "post_local": ("start", "every", "bits", "overlap"),
+        "sparse": ("start", "every", "overlap", "density"),
         "streaming": ("start", "every", "bits", "overlap", "outer_lr", "outer_momentum", "fragments"),
     },
     "param_server": {"sync": ("backup",), "async": (), "stale": ("bound",)},

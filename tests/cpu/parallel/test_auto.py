@@ -56,11 +56,12 @@ def test_it_begins_exact_and_then_does_what_was_chosen() -> None:
     assert "('local',) 2 ranks" in event["why"]
 
 
-def test_an_exact_step_comes_where_the_replicas_are_alike() -> None:
+def test_replicas_meet_for_an_exact_step_from_time_to_time() -> None:
     (one, _), (two, _) = run_ranks(2, run, 14, 3, 0)
-    # chosen after step 4; they meet after 8 and 12; the steps 9 and 13 are exact: one loss, and alike once more
-    assert [s + 1 for s, same in enumerate(alike(one, two)) if same] == [1, 2, 3, 4, 8, 9, 12, 13]
-    assert [s + 1 for s in range(14) if one[s][0] == two[s][0]] == [1, 2, 3, 4, 9, 13]
+    # chosen after step 4; they meet after 8 and 12, and after 7, 10 and 13 for the exact steps 8, 11 and 14, which have
+    # one loss and leave them alike
+    assert [s + 1 for s, same in enumerate(alike(one, two)) if same] == [1, 2, 3, 4, 7, 8, 10, 11, 12, 13, 14]
+    assert [s + 1 for s in range(14) if one[s][0] == two[s][0]] == [1, 2, 3, 4, 8, 11, 14]
 
 
 def test_it_gives_up_when_the_loss_leaves_its_band() -> None:

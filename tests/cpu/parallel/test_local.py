@@ -190,3 +190,41 @@ def test_a_run_that_was_kept_goes_on_with_another_number_of_ranks() -> None:
     half = run_ranks(2, interrupted, sync, 6, None)
     more = run_ranks(3, interrupted, sync, 6, half)
     assert len({str(mean) for _, mean, *_ in more}) == 1
+
+
+def still(rank: Rank, sync: Sync) -> Any:
+    """Replicas that stand apart and never move by themselves: after every step, all parameters in one list."""
+    module = jobs.net()
+    plan = Plan(data=rank.world, sync=sync)
+    replica = parallelize(module, plan, rank.mesh(plan))
+    torch.manual_seed(rank.rank)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.randn_like(p))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    seen = []
+    for s in range(12):
+        step(replica, [optimizer], jobs.share(s, SAMPLES, rank.rank, rank.world, 1), loss=jobs.loss)
+        seen.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    return seen
+
+
+@pytest.mark.parametrize(
+    "sync",
+    [
+        Sync(word="local", method="sgd", every=2, bits=16),
+        Sync(word="local", method="sgd", every=2, bits=8),
+        Sync(word="local", method="sgd", every=2, bits=4, overlap=1),
+        Sync(word="local", method="sparse", every=2, density=0.25),
+        Sync(word="local", method="sparse", every=2, density=0.25, overlap=1),
+    ],
+    ids=lambda sync: f"{sync.method}-{sync.bits}-{sync.overlap}",
+)
+def test_what_a_codec_leaves_out_is_told_later_and_the_mean_stays(sync: Sync) -> None:
+    seen = [torch.stack(each).double() for each in zip(*run_ranks(3, still, sync), strict=True)]
+    start = seen[0].mean(0)
+    for values in seen:
+        torch.testing.assert_close(values.mean(0), start, rtol=0, atol=1e-5)
+    spread = [(values - values.mean(0)).abs().max().item() for values in seen]
+    assert spread[0] > 1
+    assert spread[-1] < 0.02 * spread[0]

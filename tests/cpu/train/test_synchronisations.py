@@ -22,6 +22,7 @@ NUMBERS = {  # small enough that a run of 12 steps meets several times
     "sgd": "sync.every=3",
     "post_local": "sync.every=3,sync.start=2",
     "diloco": "sync.every=3",
+    "sparse": "sync.every=3,sync.density=0.2",
     "streaming": "sync.every=3,sync.fragments=2,sync.overlap=1",
 }
 LOSSY = [key for key in SYNCHRONISATIONS if key[0] != "all_reduce"]
