@@ -16,9 +16,8 @@ from shardwise.parallel.reducer import Named
 
 
 class _Sent(NamedTuple):
-    """On its way: where the replica was, what it told of its distance, and what the others tell."""
+    """On its way: what the replica told of its distance from the meeting point, and what all tell."""
 
-    here: Tensor
     told: Tensor
     received: Tensor
     work: GuardedWork
@@ -53,51 +52,55 @@ class Fragment:
     def send(self) -> None:
         """Start to tell the others how far this replica is from the meeting point."""
         self.arrive()
-        here = self._flat()
-        apart = self.meeting - here
+        apart = torch.sub(self.meeting, self._flat())
         if self._codec is None:
-            told = apart
-            received = apart.clone()
+            told, received = apart, apart.clone()
             work = self._group.all_reduce(received, dist.ReduceOp.AVG)
         else:
             mine = torch.empty(self._codec.payload_bytes(apart.numel()), dtype=torch.uint8, device=apart.device)
             self._codec.encode(apart, mine)
-            told = torch.empty_like(apart)
+            told = apart  # from here on only what the others will know of it
             self._codec.decode(mine, told)
             received = mine.new_empty(self._group.size() * mine.numel())
             work = self._group.all_gather_single(received, mine)
-        self._sent = _Sent(here, told, received, work)
+        self._sent = _Sent(told, received, work)
 
-    def arrive(self) -> None:
-        """Wait for what was sent, if anything was, and follow it."""
+    def arrive(self, *, at_once: bool = False) -> None:
+        """Wait for what was sent, if anything was, and follow it; `at_once`: the replica has not moved since."""
         if self._sent is None:
             return
-        here, told, received, work = self._sent
+        told, received, work = self._sent
         self._sent = None
         work.wait()
-        before = self.meeting.clone()
-        self._outer_step(self._mean(received))
-        now = self._flat()
-        if self._codec is None and torch.equal(now, here):
+        moved = self._outer_step(self._mean(told, received))
+        if at_once and self._codec is None:
             self._put(self.meeting)  # all are in one place, to the bit
-        else:
-            self._put(now.add_(told).add_(self.meeting).sub_(before))
+            return
+        instead = torch.sub(told, moved, out=told)
+        with torch.no_grad():
+            parts = [part.view_as(p) for p, part in zip(self.parameters, instead.split(self._sizes), strict=True)]
+            torch._foreach_add_([p.detach() for p in self.parameters], parts)
 
-    def _mean(self, received: Tensor) -> Tensor:
+    def _mean(self, told: Tensor, received: Tensor) -> Tensor:
         if self._codec is None:
             return received
-        total = torch.zeros_like(self.meeting)
-        one = torch.empty_like(total)
-        for payload in received.view(self._group.size(), -1):
-            self._codec.decode(payload, one)
-            total.add_(one)
+        total, one = torch.zeros_like(told), torch.empty_like(told)
+        for rank, payload in enumerate(received.view(self._group.size(), -1)):
+            if rank == self._group.rank():
+                total.add_(told)
+            else:
+                self._codec.decode(payload, one)
+                total.add_(one)
         return total.div_(self._group.size())
 
-    def _outer_step(self, gradient: Tensor) -> None:
+    def _outer_step(self, gradient: Tensor) -> Tensor:
+        """How far the meeting point moved against `gradient`, which may be overwritten."""
         if self._momentum:
             self.velocity.mul_(self._momentum).add_(gradient)
-            gradient = gradient.add(self.velocity, alpha=self._momentum)
-        self.meeting.sub_(gradient, alpha=self._rate)
+            gradient = gradient.add_(self.velocity, alpha=self._momentum)
+        moved = gradient.mul_(self._rate) if self._rate != 1.0 else gradient
+        self.meeting.sub_(moved)
+        return moved
 
     def _flat(self) -> Tensor:
         return torch.cat([p.detach().reshape(-1).to(self._dtype) for p in self.parameters])

@@ -78,7 +78,7 @@ class LocalUpdates(Synchroniser):
             if period == due:
                 fragment.send()
                 if not self._sync.overlap:
-                    fragment.arrive()
+                    fragment.arrive(at_once=True)
         return time.perf_counter() - began
 
     def _part(self) -> None:
