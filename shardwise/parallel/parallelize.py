@@ -21,6 +21,7 @@ from shardwise.parallel.coupling import UNKNOWN, agree
 from shardwise.parallel.exact import ShardBuffers
 from shardwise.parallel.precision import Formats, LossScaler
 from shardwise.parallel.reducer import Reducer
+from shardwise.parallel.statistics import Totals
 from shardwise.parallel.words import synchroniser
 from shardwise.plan.support import refuse_unbuilt
 from shardwise.plan.synchronisations import refuse_together
@@ -130,6 +131,12 @@ class Replica:
     def scale(self, scaler: LossScaler | None) -> float:
         """What the loss sum is multiplied with before backward."""
         return (scaler.scale if scaler is not None else 1.0) / self.divisor
+
+    def weigh(self, totals: Totals) -> float:
+        """The weight of the whole step: the next one's guess, unless `totals` are this rank's own."""
+        if totals.weight > 0 and not totals.bad and not self.synchroniser.own_totals:
+            self.guess = totals.weight
+        return totals.weight * self.speaks_for
 
     def settle_guess(self, weight: float) -> None:
         """The first guess of the global weight: `weight` is rank 0's share of it, or shard 0's in exact mode, or all of

@@ -92,9 +92,7 @@ def step(
             unit="shard" if replica.shards else "rank",
         )
         skipped = _skips(verdict, totals, on_nan, scaler)
-        weight = totals.weight * replica.speaks_for
-        if totals.weight > 0 and not totals.bad and replica.speaks_for == 1:
-            replica.guess = totals.weight
+        weight = replica.weigh(totals)
         if skipped:
             for buffer, kept in zip(buffers, before, strict=True):
                 buffer.copy_(kept)
