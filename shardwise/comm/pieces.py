@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -21,8 +21,8 @@ class AllToAll(Protocol):
 class PieceSum:
     """The first half of an all-reduce, over encoded values: rank r's piece is values `bounds[r]`.
 
-    A rank's own share of its own piece is not encoded, so it adds no error. `tail` further bytes go to every rank.
-    One sum is under way at a time: the buffers are kept.
+    A rank's own share of its own piece is not encoded, so it adds no error. `tail` further bytes go to every rank as
+    they are. One sum is under way at a time: the buffers are kept.
     """
 
     def __init__(
@@ -46,21 +46,22 @@ class PieceSum:
     def _message_bytes(self, rank: int) -> int:
         return self._payload(rank) + aligned(self._tail)
 
-    def start(self, values: Tensor, all_to_all: AllToAll, tail: Tensor | None = None) -> Pending:
-        """Encode `values` (float32 [numel]) piece by piece and send them; `tail` is uint8 [tail]."""
+    def start(self, values: Tensor, all_to_all: AllToAll, tails: Sequence[Tensor]) -> Pending:
+        """Encode `values` (float32 [numel]) piece by piece and send them, with rank r's one of `tails` (uint8)."""
         for rank, message in zip(self._others, self._outgoing(), strict=True):
             first, stop = self.bounds[rank]
             payload = self._payload(rank)
             self._codec.encode(values[first:stop], message[:payload])
-            if tail is not None:
-                message[payload : payload + self._tail].copy_(tail)
+            message[payload : payload + self._tail].copy_(tails[rank])
         return all_to_all(self._arrived, self._sent, self._from, self._to)
 
-    def sent(self, values: Tensor) -> None:
-        """Overwrite the other ranks' pieces of `values` with what they will decode."""
+    def sent(self, values: Tensor, out: Tensor) -> None:
+        """Fill `out` (float32 [numel]) with what of `values` takes part in the sums: all of this rank's own piece."""
+        own = slice(*self.bounds[self._rank])
+        out[own].copy_(values[own])
         for rank, message in zip(self._others, self._outgoing(), strict=True):
             first, stop = self.bounds[rank]
-            self._codec.decode(message[: self._payload(rank)], values[first:stop])
+            self._codec.decode(message[: self._payload(rank)], out[first:stop])
 
     def finish(self, own: Tensor) -> Tensor:
         """The sum of this rank's piece in rank order, float32; `own` is this rank's share of it."""
@@ -75,11 +76,14 @@ class PieceSum:
                 total.add_(share)
         return total
 
-    def tails(self, own: Tensor) -> list[Tensor]:
-        """Every rank's tail (uint8) in rank order; `own` is this rank's."""
+    def sum_of_tails(self, own: Tensor) -> None:
+        """`own`, this rank's own tail as numbers, becomes the sum of the tails of all ranks, in rank order."""
         first = self._payload(self._rank)
         arrived = iter(self._arrived.view(len(self._others), -1)[:, first : first + self._tail])
-        return [own if rank == self._rank else next(arrived) for rank in range(len(self.bounds))]
+        mine = own.clone()
+        own.zero_()
+        for rank in range(len(self.bounds)):
+            own.add_(mine if rank == self._rank else next(arrived).view(own.dtype))
 
     def _outgoing(self) -> Sequence[Tensor]:
         return self._sent.split([self._to[r] for r in self._others])
@@ -89,3 +93,20 @@ def even_pieces(numel: int, ranks: int, unit: int) -> list[tuple[int, int]]:
     """One piece a rank, multiples of `unit` elements but for the last ones, which may be shorter or empty."""
     length = -(-numel // (ranks * unit)) * unit
     return [(min(r * length, numel), min((r + 1) * length, numel)) for r in range(ranks)]
+
+
+def settle(residual: Tensor, gradients: Tensor, sent: Callable[[Tensor], None]) -> Tensor:
+    """`residual` already has `gradients` added to it: take off what is sent, which `sent` writes over a float32 tensor.
+
+    Returns that tensor, which is `gradients` itself where it can be. Where something is not finite, the residual stays
+    as it was before `gradients`: the step will not count.
+    """
+    finite = torch.isfinite(residual.sum())
+    spoilt = residual.device.type != "cpu" or not finite  # another device is not asked: that would wait for it
+    before = (residual - gradients).nan_to_num_(0.0, 0.0, 0.0) if spoilt else None
+    out = gradients if gradients.dtype == torch.float32 else torch.empty_like(gradients, dtype=torch.float32)
+    sent(out)
+    residual.sub_(out)
+    if before is not None:
+        torch.where(finite, residual, before, out=residual)
+    return out

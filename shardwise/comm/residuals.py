@@ -44,7 +44,7 @@ class Residuals:
             for piece in bucket.pieces:
                 kept = self._parked.pop(piece.name, None)
                 if kept is not None:
-                    _slice(flat, piece.offset, piece.shape).copy_(_fitting(kept, piece.name, piece.shape))
+                    _slice(flat, piece.offset, piece.shape).copy_(fitting(kept, piece.name, piece.shape))
             self._flats[number] = flat
         return flat
 
@@ -80,13 +80,7 @@ class Residuals:
 
         The sum over ranks is what matters, and stays as it was.
         """
-        if len(ranks) == size:
-            found = dict(ranks[rank])
-        else:
-            names = dict.fromkeys(name for state in ranks for name in state)
-            found = {
-                name: torch.stack([state[name] for state in ranks if name in state]).sum(0) / size for name in names
-            }
+        found = shared(ranks, rank, size)
         self._parked = {name: kept * self._scale for name, kept in found.items()}
         self._flats = [None] * len(self._buckets)
         self.arrange(self._buckets)
@@ -108,7 +102,16 @@ def _slice(flat: Tensor, offset: int, shape: Sequence[int]) -> Tensor:
     return flat[offset : offset + math.prod(shape)].view(tuple(shape))
 
 
-def _fitting(kept: Tensor, name: str, shape: Sequence[int]) -> Tensor:
+def shared(ranks: Sequence[Mapping[str, Tensor]], rank: int, size: int) -> dict[str, Tensor]:
+    """The residuals of rank `rank` of `size` from those of all ranks before: its own, or an equal share of the sum."""
+    if len(ranks) == size:
+        return dict(ranks[rank])
+    names = dict.fromkeys(name for state in ranks for name in state)
+    return {name: torch.stack([state[name] for state in ranks if name in state]).sum(0) / size for name in names}
+
+
+def fitting(kept: Tensor, name: str, shape: Sequence[int]) -> Tensor:
+    """Raises CheckpointError where `kept` has not the parameter's shape."""
     if tuple(kept.shape) != tuple(shape):
         raise CheckpointError(
             f"the residual of '{name}' has shape {tuple(kept.shape)}, its parameter {tuple(shape)}: the checkpoint is "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -27,7 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
 EVERY = sorted(METHODS)
 
 
-@pytest.fixture(autouse=True, params=["gloo", "shm"])
+@pytest.fixture(params=["gloo", "shm"])
 def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forked ranks inherit it."""
     if request.param == "shm" and library() is None:
@@ -67,6 +69,7 @@ def several_steps(rank: Rank, method: str, steps: int, dtype: torch.dtype, mean:
     return applied, tails, residuals(exchange), group.wire
 
 
+@pytest.mark.usefixtures("transport")
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize("method", EVERY)
 def test_what_was_summed_and_what_is_left_are_the_gradients(method: str, ranks: int) -> None:
@@ -86,9 +89,9 @@ def test_what_was_summed_and_what_is_left_are_the_gradients(method: str, ranks: 
         left = sum(rest[name].double() for _, _, rest, _ in found)
         scale = sum(float(t[name].abs().max()) for t in true)
         assert (given + left - asked).abs().max() <= 2e-6 * scale, name
-    if method != "powersgd":  # which sends parameters like this one as they are
-        assert any(float(rest["bias"].abs().max()) > 0 for _, _, rest, _ in found)
-    assert any(float(rest["wide"].abs().max()) > 0 for _, _, rest, _ in found)
+    for _, _, rest, _ in found:
+        assert rest["wide"].any()
+        assert not rest["bias"].any()  # vectors are sent as they are
 
 
 @pytest.mark.parametrize("method", EVERY)
@@ -129,26 +132,21 @@ def other_type(rank: Rank, method: str, steps: int, dtype: torch.dtype) -> Any:
     return applied, residuals(exchange)
 
 
-def error_of_one_step(method: str, ranks: int) -> dict[str, float]:
-    applied, _, _, _ = run_ranks(ranks, several_steps, method, 1, torch.float32, False, False)[0]
-    true = total(ranks, 0)
-    return {n: float((applied[0][n].double() - true[n]).norm() / true[n].norm()) for n in SHAPES}
-
-
-@pytest.mark.parametrize(("method", "most"), [("bf16", 0.004), ("int8", 0.02)])
+@pytest.mark.parametrize(("method", "most"), [("bf16", 0.004), ("int8", 0.01)])
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_one_step_is_near_the_sum(method: str, most: float, ranks: int) -> None:
-    assert max(error_of_one_step(method, ranks).values()) < most
+    """Of all gradients together: small ones that share a block with a large neighbour are off by more of themselves."""
+    applied, _, _, _ = run_ranks(ranks, several_steps, method, 1, torch.float32, False, False)[0]
+    true = total(ranks, 0)
+    off = math.hypot(*(float((applied[0][name].double() - true[name]).norm()) for name in SHAPES))
+    assert off <= most * math.hypot(*(float(true[name].norm()) for name in SHAPES))
 
 
 def test_powersgd_is_exact_for_what_has_its_rank() -> None:
-    """A sum of rank 2 comes back as it is from the second step on; vectors and small matrices always."""
-
+    """Sums of rank 2 come back as they are, vectors and small matrices in any case."""
     for applied, true in run_ranks(3, low_rank):
-        for name in ("bias", "scale", "cut"):
-            assert torch.equal(applied[0][name], applied[-1][name])
-        for name, value in true.items():
-            assert float((applied[-1][name] - value).norm()) <= 1e-5 * float(value.norm()), name
+        for name in ("wide", "embedding", "bias", "scale", "cut"):
+            assert float((applied[-1][name] - true[name]).norm()) <= 1e-5 * float(true[name].norm()), name
 
 
 def low_rank(rank: Rank) -> Any:
@@ -370,6 +368,7 @@ def interrupted(rank: Rank, method: str) -> Any:
     return [buckets.step(exchange, gradients(rank.rank, s), tail_of(rank.rank, s)) for s in (2, 3)]
 
 
+@pytest.mark.usefixtures("transport")
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("method", EVERY)
 def test_a_step_after_an_interrupted_one(method: str, ranks: int) -> None:
@@ -383,6 +382,7 @@ def test_a_step_after_an_interrupted_one(method: str, ranks: int) -> None:
 # The wire.
 
 
+@pytest.mark.usefixtures("transport")
 def test_messages_and_bytes() -> None:
     for ranks in (2, 3):
         for method in EVERY:
@@ -397,15 +397,23 @@ def test_messages_and_bytes() -> None:
             assert everything < 0.85 * 4 * sum(math.prod(s) for s in SHAPES.values())
 
 
-def unequal_threads(rank: Rank) -> Any:
-    torch.set_num_threads(1 + rank.rank % 2)
-    return several_steps(rank, "powersgd", 3, torch.float32, False, True)[0]
+UNEQUAL_THREADS = """
+import torch
+from shardwise.comm.powersgd import orthonormal
+found = []
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    g = torch.Generator().manual_seed(1)
+    p, q = torch.randn(4096, 4, generator=g), torch.randn(1376, 4, generator=g)
+    p[:, 3] = p[:, 0] + 1e-6 * p[:, 3]
+    found.append((left := orthonormal(p), left @ q.t()))
+assert all(torch.equal(a, b) for a, b in zip(*found))
+"""
 
 
-def test_powersgd_gives_the_same_bits_with_unequal_threads() -> None:
-    one, other = run_ranks(2, unequal_threads)
-    for a, b in zip(one, other, strict=True):
-        assert all(torch.equal(a[name], b[name]) for name in SHAPES)
+def test_powersgd_rebuilds_the_same_bits_with_other_threads() -> None:
+    """In a process of its own: after a fork torch has one thread only."""
+    subprocess.run([sys.executable, "-c", UNEQUAL_THREADS], check=True, timeout=60)
 
 
 def nothing_but_a_tail(rank: Rank) -> list[float]:
