@@ -1,4 +1,4 @@
-"""How fast a wire is: `link_probe.py ADDRESS SECONDS listen` at one end, without `listen` at the other, which prints it."""
+"""How fast a wire is: `link_probe.py ADDRESS SECONDS`, with `listen` at one end; the other end prints it."""
 
 from __future__ import annotations
 

@@ -31,7 +31,6 @@ QUEUE_MS = 50  # how much the sender's queue holds before it drops
 # What leaves an end at once, and the largest packet (joined by the kernel, as a network card does it) that is handed to
 # the queue: one larger than the burst would be cut up there, which costs a core at 100 Mbit/s. In bytes.
 BURSTS = {10: (8_000, 6_000), 100: (16_000, 14_000), 1000: (128_000, 64_000)}
-PROBE_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -114,10 +113,10 @@ class Link:
         pinned = [] if core is None else ["taskset", "-c", str(core)]
         return ["ip", "netns", "exec", self.names[end], *pinned]
 
-    def measure(self) -> Measured:
-        """Send over it for `PROBE_S`. Raises Lost."""
-        program = [sys.executable, str(Path(__file__).with_name("link_probe.py")), ENDS[0], str(PROBE_S)]
-        limit_s = 4 * PROBE_S + 20
+    def measure(self, seconds: float = 3.0) -> Measured:
+        """Send over it for that long. Raises Lost."""
+        program = [sys.executable, str(Path(__file__).with_name("link_probe.py")), ENDS[0], str(seconds)]
+        limit_s = 4 * seconds + 20
         first = subprocess.Popen([*self.inside(0), *program, "listen"], stdout=subprocess.DEVNULL)
         try:
             found = run(*self.inside(1), *program, limit_s=limit_s)

@@ -1,4 +1,4 @@
-"""The systems of `slow_link` as data: which program runs them, with what settings, and over how many steps they repeat."""
+"""The systems of `slow_link` as data: which program runs them, with what settings, and how often they repeat."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ RANKS = 2
 class System:
     """`module` is what a rank runs, `settings` are what it is told.
 
-    `exact`: its losses must be DDP's. `start`: that many steps it sends whole gradients, as DDP does, before its own way
-    begins. `period`: steps after which what it sends repeats. `adapts`: it looks at the link before it chooses, so its
-    losses depend on the link.
+    `exact`: its losses must be DDP's. `start`: for that many steps it sends whole gradients, as DDP does. `period`:
+    steps after which what it sends repeats. `adapts`: it looks at the link before it chooses, so its losses depend on
+    the link.
     """
 
     package: str

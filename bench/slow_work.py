@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench import work
 from bench.slow_case import ORDERED, SlowCase
 from shardwise.models.losses import next_token_loss
 
@@ -50,10 +49,6 @@ class HeldOut:
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
-
-
-def optimizer(case: SlowCase, module: nn.Module) -> torch.optim.Optimizer:
-    return work.optimizer(case, module.parameters())
 
 
 def _batch(rows: np.ndarray) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""A plain PyTorch loop over a slow link: DistributedDataParallel, bare or with one of its communication hooks, or alone."""
+"""A plain PyTorch loop over a slow link: DistributedDataParallel, with or without one of its hooks, or alone."""
 
 from __future__ import annotations
 

@@ -75,7 +75,13 @@ def gloo(who: Membership) -> Inner:
     """
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     make = dist.ProcessGroupGloo
-    options._devices = [make.create_device(hostname=who.host) if who.host else make.create_default_device()]
+    interfaces = [] if who.host else list(filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")))
+    if who.host:
+        options._devices = [make.create_device(hostname=who.host)]
+    elif interfaces:  # gloo's default device does not look at the variable: only torch's own constructor does
+        options._devices = [make.create_device(interface=name) for name in interfaces]
+    else:
+        options._devices = [make.create_default_device()]
     options._threads = who.threads
     options._timeout = timedelta(seconds=who.timeout_s)
     before = _connected()
