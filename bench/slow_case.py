@@ -35,7 +35,7 @@ class SlowCase(Case):
     heads: int = 2
     vocab: int = 257
     context: int = 80
-    lr: float = 2e-3
+    lr: float = 1e-3
     steps: int = 1500
     warmup: int = 100
     final: float = 0.1
