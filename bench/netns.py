@@ -9,6 +9,7 @@ Whatever becomes of the harness, a janitor removes both: it waits for the end of
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import select
@@ -24,7 +25,8 @@ from types import TracebackType
 
 from bench.rounds import Lost
 
-PREFIX = "swbench"  # namespaces are called PREFIX-PID-a and -b
+PREFIX = "swbench"  # namespaces are called PREFIX-PID-NUMBERa and b
+_numbers = itertools.count(1)
 DEVICE, ENDS = "wire", ("10.77.0.1", "10.77.0.2")
 SPACES = Path("/run/netns")
 QUEUE_MS = 50  # how much the sender's queue holds before it drops
@@ -84,13 +86,14 @@ class Link:
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
-        self.names = tuple(f"{PREFIX}-{os.getpid()}-{end}" for end in "ab")
+        self.prefix = f"{PREFIX}-{os.getpid()}-{next(_numbers)}"
+        self.names = (f"{self.prefix}a", f"{self.prefix}b")
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Link:
         remove_stale()
         with contextlib.ExitStack() as stack:
-            stack.callback(_dismiss, _janitor(f"{PREFIX}-{os.getpid()}-"))
+            stack.callback(_dismiss, _janitor(self.prefix))
             for name in self.names:
                 run("ip", "netns", "add", name)
             if self.wire.delay_ms:

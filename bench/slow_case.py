@@ -16,7 +16,7 @@ from shardwise.data.order import sample_indices
 from shardwise.data.text import text
 
 HELD_OUT = 128  # windows, spread evenly over the held-out files
-ORDERED = "ordered.npy"
+ORDERED, HELD = "ordered.npy", "held_out.npy"
 ENOUGH = 10  # times the steps of a case: there is also timing
 
 
@@ -64,7 +64,7 @@ def write_text(case: SlowCase) -> None:
     order = sample_indices(np.arange(ENOUGH * case.steps * case.global_batch), len(samples), case.seed)
     np.save(folder / ORDERED, samples[order])
     held = _windows(cached / "eval.bin", case.context)
-    np.save(folder / "held_out.npy", held[np.linspace(0, len(held) - 1, HELD_OUT).astype(int)])
+    np.save(folder / HELD, held[np.linspace(0, len(held) - 1, HELD_OUT).astype(int)])
 
 
 def _windows(path: Path, context: int) -> np.ndarray[Any, np.dtype[np.uint16]]:

@@ -56,6 +56,7 @@ def _torch(way: str, *, exact: bool = False, **more: Any) -> System:
 
 ALLOWED = ("compressed", "local")
 BASE, LIMIT, PICKED = "ddp", "unsynchronised", "shardwise:auto"
+MEETING = 250  # steps of hivemind between two averages: twice as long as its peers look for each other
 QUICK = ("shardwise", BASE, LIMIT)
 SYSTEMS = {
     "shardwise": _ours("sync=all_reduce", exact=True),
@@ -70,6 +71,9 @@ SYSTEMS = {
     BASE: _torch("ddp", exact=True),
     "ddp:fp16": _torch("fp16"),
     "ddp:powersgd": _torch("powersgd", rank=4, start=10),
+    "hivemind": System(
+        "hivemind", "pip install hivemind", "bench.subjects.slow_link_hivemind", {"every": MEETING}, period=MEETING
+    ),
     LIMIT: _torch("alone"),
 }
 

@@ -27,7 +27,7 @@ def subject(name: str, link: Link, case: SlowCase) -> Subject:
     """The system at both ends of the link, not yet started."""
     system = SYSTEMS[name]
     cores = sorted(os.sched_getaffinity(0))
-    env = apart.environment(FIRST_PORT + list(SYSTEMS).index(name))
+    env = apart.environment(link, FIRST_PORT + list(SYSTEMS).index(name))
     env |= replace(case, settings=system.settings).environment()
     env["SHARDWISE_TRANSPORT"] = "gloo"  # both ends are on one host, but memory that they share would be no slow link
     return Subject(name, apart.command(link, cores, system.module), ranks=RANKS, env=env, folder=case.folder)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.slow_case import ORDERED, SlowCase
+from bench.slow_case import HELD, ORDERED, SlowCase
 from shardwise.models.losses import next_token_loss
 
 EVAL_BATCH = 32
@@ -31,7 +31,7 @@ class HeldOut:
     """The loss on all held-out windows."""
 
     def __init__(self, case: SlowCase) -> None:
-        self.rows = np.load(Path(case.folder) / "held_out.npy")
+        self.rows = np.load(Path(case.folder) / HELD)
 
     def loss(self, module: nn.Module) -> float:
         """The mean over all targets; each rank asks its own module, and nothing is sent."""

@@ -11,15 +11,15 @@ import shardwise as sw
 from bench import work
 from bench.jobs.token_file import TokenFile
 from bench.line import serve
-from bench.slow_case import SlowCase
-from bench.slow_work import HeldOut
+from bench.slow_case import HELD, SlowCase
+from shardwise import events
 
 
 def job(case: SlowCase) -> sw.TrainJob:
     return sw.TrainJob(
         model=lambda: work.model(case),
         loss=sw.next_token_loss,
-        data=TokenFile(Path(case.folder) / "tokens.bin", case.context),
+        data=TokenFile(Path(case.folder) / "tokens.bin", case.context, Path(case.folder) / HELD),
         optimizer=sw.adamw(
             lr=case.lr,
             betas=(0.9, 0.95),
@@ -40,8 +40,14 @@ def main() -> None:
     case = SlowCase.from_environment()
     torch.set_num_threads(1)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    held_out = HeldOut(case)
-    with sw.session(job(case), plan=case.settings["plan"], runs=None) as run:
+    told: dict[str, str] = {}
+
+    def hear(event: events.Event) -> None:
+        """What `sync=auto` says of its choice."""
+        if event["event"] in ("sync_chosen", "sync_given_up"):
+            told[event["event"]] = f"{event['word']}: {event['why']}" if "word" in event else event["why"]
+
+    with events.sink(hear), sw.session(job(case), plan=case.settings["plan"], runs=None) as run:
         batches = run.batches()
 
         def step() -> float:
@@ -52,7 +58,8 @@ def main() -> None:
             rank=rank,
             world=world,
             checksum=lambda: work.checksum(run.module),
-            evaluate=lambda: held_out.loss(run.module),
+            evaluate=lambda: run.evaluate()["loss"],  # of what the replicas agree on
+            tell=lambda: told,
         )
 
 
