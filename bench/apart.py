@@ -26,7 +26,12 @@ def command(link: Link, cores: Sequence[int], module: str) -> list[str]:
 def environment(link: Link, port: int) -> dict[str, str]:
     """What is alike for both ranks; they meet at `port` of the first one's address."""
     found = {"MASTER_ADDR": ENDS[0], "MASTER_PORT": str(port), "WORLD_SIZE": str(len(ENDS))}
-    return found | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "BENCH_LINK": link.names[0], "GLOO_SOCKET_IFNAME": DEVICE}
+    return found | {
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "BENCH_LINK": link.names[0],
+        "GLOO_SOCKET_IFNAME": DEVICE,
+    }
 
 
 def main(said: str) -> int:

@@ -113,6 +113,8 @@ def _on_wire(
                 players[name].start(SYSTEMS[name].start)
             ready = [name for name, player in players.items() if player.note is None]
             outcomes = play(ready, rounds, lambda name: players[name].turn())
+            for player in players.values():
+                player.listen()
         finally:
             close_all(player.subject for player in players.values())
     for name, player in players.items():
@@ -121,7 +123,8 @@ def _on_wire(
             lost[name] = why
     real = {name: found for name in names if (found := _real(name, cases[0], wire, outcomes[name]))}
     steps = {name: outcomes[name].values for name in names}
-    return rows_of(Found(wire, measured, cases[0], steps, curves, real, lost))
+    told = {name: player.told for name, player in players.items()}
+    return rows_of(Found(wire, measured, cases[0], steps, curves, real, told, lost))
 
 
 def _real(name: str, case: SlowCase, wire: Wire, outcome: Outcome) -> Curve | None:

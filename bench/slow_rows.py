@@ -10,6 +10,7 @@ from typing import Any
 
 from bench.curves import Curve, time_to
 from bench.data_parallel import agreement
+from bench.line import Message
 from bench.netns import Measured, Wire
 from bench.rows import Row, number, ratio, row
 from bench.slow_case import SlowCase
@@ -30,6 +31,7 @@ class Found:
     step_s: Mapping[str, Sequence[float]]
     curves: Mapping[str, Sequence[Curve]]
     real: Mapping[str, Curve]
+    told: Mapping[str, Message]
     lost: Mapping[str, str]
 
     @property
@@ -54,12 +56,18 @@ def rows_of(found: Found) -> list[Row]:
     """All rows of the wire; the wire itself comes first."""
     rows = [_wire(found)]
     for name in found.step_s:
-        note = found.lost.get(name)
+        note = found.lost.get(name) or _chosen(found.told.get(name, {}))
         rows.append(row(found.title, name, "tokens_per_s", "1/s", "higher", found.rates(name), note=note))
     seconds = {name: _seconds(found, name) for name in found.step_s}
     rows += [_time(found, name, seconds[name]) for name in found.step_s if seconds[name]]
     rows += [_loss(found, name) for name in found.step_s if found.curves_of(name)]
     return [*rows, *_waiting(found), *_speed_ratios(found), *_time_ratio(found, seconds), *_loss_ratios(found)]
+
+
+def _chosen(told: Message) -> str | None:
+    """What `sync=auto` says of its choice, and of giving it up."""
+    found = [str(told[event]["why"]) for event in ("sync_chosen", "sync_given_up") if event in told]
+    return " ".join(found) or None
 
 
 def _wire(found: Found) -> Row:

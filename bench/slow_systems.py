@@ -54,16 +54,17 @@ def _torch(way: str, *, exact: bool = False, **more: Any) -> System:
     return System("torch", "pip install torch", "bench.subjects.slow_link", {"way": way, **more}, exact, start)
 
 
+AUTO = 25  # exact steps before `sync=auto` chooses
 ALLOWED = ("compressed", "local")
 BASE, LIMIT, PICKED = "ddp", "unsynchronised", "shardwise:auto"
 MEETING = 250  # steps of hivemind between two averages: twice as long as its peers look for each other
 QUICK = ("shardwise", BASE, LIMIT)
 SYSTEMS = {
     "shardwise": _ours("sync=all_reduce", exact=True),
-    PICKED: _ours("sync=auto", adapts=True),
+    PICKED: _ours("sync=auto", start=AUTO, adapts=True),
     "shardwise:int8": _ours("sync=compressed,sync.method=int8"),
-    "shardwise:topk": _ours("sync=compressed,sync.method=topk"),
     "shardwise:powersgd": _ours("sync=compressed,sync.method=powersgd,sync.rank=4"),
+    "shardwise:local": _ours("sync=local,sync.method=sgd,sync.every=4,sync.bits=4,sync.overlap=2", period=4),
     "shardwise:diloco": _ours("sync=local,sync.method=diloco,sync.every=50,sync.bits=8", period=50),
     "shardwise:streaming": _ours(
         "sync=local,sync.method=streaming,sync.every=48,sync.overlap=6,sync.bits=8,sync.fragments=4", period=48

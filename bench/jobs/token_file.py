@@ -13,7 +13,7 @@ from shardwise.data.source import Prepared
 
 
 class TokenFile:
-    """Windows of `context` tokens over a file of uint16 tokens; `held_out` is an array of whole windows, to evaluate."""
+    """Windows of `context` tokens over a file of uint16 tokens; `held_out`: an array of whole windows, to evaluate."""
 
     def __init__(self, path: Path, context: int, held_out: Path | None = None) -> None:
         self.path = path

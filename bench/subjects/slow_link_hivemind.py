@@ -53,6 +53,7 @@ def main() -> None:
         state_averaging_compression=hivemind.compression.Float16Compression(),
         matchmaking_time=MATCHMAKING_S,
         averaging_timeout=AVERAGING_S,
+        averager_opts={"request_timeout": MATCHMAKING_S / 3},  # below the former, or it warns of deadlocks
     )
     batches, held_out = Ordered(case, rank), HeldOut(case)
     done = 0

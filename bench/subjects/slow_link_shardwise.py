@@ -40,12 +40,12 @@ def main() -> None:
     case = SlowCase.from_environment()
     torch.set_num_threads(1)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    told: dict[str, str] = {}
+    told: dict[str, events.Event] = {}
 
     def hear(event: events.Event) -> None:
         """What `sync=auto` says of its choice."""
         if event["event"] in ("sync_chosen", "sync_given_up"):
-            told[event["event"]] = f"{event['word']}: {event['why']}" if "word" in event else event["why"]
+            told[event["event"]] = event
 
     with events.sink(hear), sw.session(job(case), plan=case.settings["plan"], runs=None) as run:
         batches = run.batches()
