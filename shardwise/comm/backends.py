@@ -74,8 +74,7 @@ def gloo(who: Membership) -> Inner:
     Raises CommError when the ranks do not find each other in time.
     """
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    make = dist.ProcessGroupGloo
-    options._devices = [make.create_device(hostname=who.host) if who.host else make.create_default_device()]
+    options._devices = _devices(who.host)
     options._threads = who.threads
     options._timeout = timedelta(seconds=who.timeout_s)
     before = _connected()
@@ -90,6 +89,23 @@ def gloo(who: Membership) -> Inner:
         _ended.append(backend)
 
     return Inner(backend, end, end)
+
+
+def _devices(host: str | None) -> list[Any]:
+    """gloo's own default does not look at `GLOO_SOCKET_IFNAME`; only the constructor that torch itself uses does."""
+    make = dist.ProcessGroupGloo
+    names = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    try:
+        if host:
+            return [make.create_device(hostname=host)]
+        if names:
+            return [make.create_device(interface=name) for name in names.split(",")]
+        return [make.create_default_device()]
+    except RuntimeError as error:
+        raise CommError(
+            f"gloo cannot listen on {host or names or 'its default interface'}: {str(error).splitlines()[0]} "
+            "GLOO_SOCKET_IFNAME names the network interfaces of this host to use; correct it or leave it out."
+        ) from None
 
 
 def nccl(who: Membership) -> Inner:

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -406,3 +407,19 @@ def test_ddp_and_its_group_end_without_a_hang() -> None:
         warnings.simplefilter("ignore")
         for _ in range(100):
             assert run_ranks(2, ddp, timeout_s=20) == [True, True]
+
+
+def interface(rank: Rank, name: str) -> list[str]:
+    os.environ["GLOO_SOCKET_IFNAME"] = name
+    mesh = rank.mesh()
+    dist.barrier()
+    mesh.close()
+    return [name]
+
+
+@pytest.mark.skipif(not Path("/sys/class/net/lo").exists(), reason="the loopback interface has another name here")
+def test_gloo_listens_on_the_interface_that_the_variable_names(transport: None, monkeypatch: Any) -> None:
+    monkeypatch.setenv("SHARDWISE_TRANSPORT", "gloo")
+    assert run_ranks(2, interface, "lo") == [["lo"], ["lo"]]
+    with pytest.raises(RankFailed, match="gloo cannot listen on no-such-interface: .*GLOO_SOCKET_IFNAME"):
+        run_ranks(2, interface, "no-such-interface")
