@@ -21,12 +21,12 @@ import torch
 import torch.distributed.distributed_c10d as dist
 from torch import Tensor
 
-from shardwise.comm.wire import COMBINE, OPERATIONS, Combine, LinkFailure, Wire
 from shardwise.comm.interfaces import agree
 from shardwise.comm.paths import Paths, measure
 from shardwise.comm.shm import Shm
 from shardwise.comm.shm_connect import connect_shm
 from shardwise.comm.shm_work import ShmFailure, Started, Together
+from shardwise.comm.wire import COMBINE, OPERATIONS, Combine, LinkFailure, Wire
 from shardwise.comm.worker import Job, Unhurried, Worker
 from shardwise.errors import CommError
 from shardwise.spec.collective_cost import Path, Topology, through

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardwise.comm.wire import COMBINE, OPERATIONS, LinkFailure, Wire
 from shardwise.comm.kernel import library
+from shardwise.comm.wire import COMBINE, OPERATIONS, LinkFailure, Wire
 from shardwise.spec.collective_cost import ALGORITHMS
 from tests.ranks import Rank, run_ranks
 
