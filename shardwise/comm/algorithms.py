@@ -59,8 +59,8 @@ class Hop(NamedTuple):
 def schedule(collective: str, algorithm: str, rank: int, size: int, root: int = 0) -> Schedule:
     """What `rank` of `size` ranks does. `root` is where broadcast begins and reduce ends.
 
-    The tensor holds as many elements on every rank. After reduce_scatter rank r has the sum of piece r of `size` (others
-    hold partial sums), before all_gather its own. Raises SpecError for a pair that there is not.
+    The tensor holds as many elements on every rank. After reduce_scatter rank r has the sum of piece r of `size` (its
+    others are partial sums), before all_gather its own. Raises SpecError for a pair that there is not.
     """
     return _all(collective, algorithm, size, root)[rank]
 
@@ -137,27 +137,27 @@ def _flat_sum(size: int) -> Hops:
 class _Folded(NamedTuple):
     """The ranks as a power of two of them, the last of which stand for two: what halving and doubling work on."""
 
-    count: int
+    power: int
     ranks: tuple[int, ...]  # of each: the rank that acts
     extras: tuple[tuple[int, int], ...]  # (the rank that acts, the one that it stands for)
     cuts: tuple[int, ...]  # where the pieces of each begin, when every rank has one
 
 
 def _fold(size: int) -> _Folded:
-    count = 1 << (size.bit_length() - 1)
-    single = 2 * count - size
-    ranks = tuple(v if v < single else 2 * v - single for v in range(count))
+    power = 1 << (size.bit_length() - 1)
+    single = 2 * power - size
+    ranks = tuple(v if v < single else 2 * v - single for v in range(power))
     extras = tuple((r, r + 1) for r in ranks[single:])
-    return _Folded(count, ranks, extras, (*ranks, size))
+    return _Folded(power, ranks, extras, (*ranks, size))
 
 
 def _doubling(folded: _Folded, cuts: tuple[int, ...]) -> list[Hop]:
     """Blocks of 1, 2, 4 ... neighbours are exchanged, until everybody has all."""
     hops: list[Hop] = []
     reach = 1
-    while reach < folded.count:
+    while reach < folded.power:
         at = reach.bit_length() - 1
-        for v in range(folded.count):
+        for v in range(folded.power):
             block = v // reach * reach
             peer = folded.ranks[v ^ reach]
             hops.append(Hop(at, folded.ranks[v], peer, cuts[block], cuts[block + reach]))
@@ -188,8 +188,8 @@ def _halving_scatter(size: int) -> Hops:
 def _halving_sum(size: int) -> Hops:
     """Rabenseifner 2004: reduce-scatter by halving, all-gather by doubling; a piece for each rank that acts."""
     folded = _fold(size)
-    gather = folded.count, _doubling(folded, tuple(range(folded.count + 1)))
-    told = folded.count, _told(folded, folded.count)
+    gather = folded.power, _doubling(folded, tuple(range(folded.power + 1)))
+    told = folded.power, _told(folded, folded.power)
     halves = _then(_backwards(told, add=True), _backwards(gather, add=True))
     return _then(halves, _then(gather, told))
 
@@ -197,7 +197,7 @@ def _halving_sum(size: int) -> Hops:
 def _scatter_gather_broadcast(size: int) -> Hops:
     """Thakur et al. 2005, section 3.2 (van de Geijn): halves down a binomial tree, then doubling."""
     folded = _fold(size)
-    q = folded.count
+    q = folded.power
     hops: list[Hop] = []
     reach, at = q // 2, 0
     while reach:

@@ -216,13 +216,12 @@ class Hierarchical:
 
     def _submit(self, call: Callable[[], None], results: list[Any]) -> Job:
         def run() -> None:
-            with torch.inference_mode():  # tensors of either mode may be written to
-                try:
-                    call()
-                except ShmFailure as error:
-                    if BETWEEN in str(error):  # a rank of this host tells what it saw elsewhere: the cause is not here
-                        raise RuntimeError(str(error)) from None
-                    raise
+            try:
+                call()
+            except ShmFailure as error:
+                if BETWEEN in str(error):  # a rank of this host tells what it saw elsewhere: the cause is not here
+                    raise RuntimeError(str(error)) from None
+                raise
 
         return self._worker.submit(run, results)
 

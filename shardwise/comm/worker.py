@@ -9,6 +9,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import torch
+
 
 class Job:
     """Something a `Worker` runs. `results` are what `torch.distributed` hands to its caller."""
@@ -121,13 +123,14 @@ class Worker:
 
     def _work(self) -> None:
         failure: Exception | None = None
-        while True:
-            self._given.acquire()
-            job = self._jobs.popleft()
-            if job is None:
-                return
-            had, failure = failure, job.run(failure)
-            del job
-            if failure is not None and had is None:
-                with contextlib.suppress(RuntimeError):
-                    self._failed(failure)
+        with torch.inference_mode():  # there tensors of either mode may be written to
+            while True:
+                self._given.acquire()
+                job = self._jobs.popleft()
+                if job is None:
+                    return
+                had, failure = failure, job.run(failure)
+                del job
+                if failure is not None and had is None:
+                    with contextlib.suppress(RuntimeError):
+                        self._failed(failure)
