@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 
 import torch.distributed.distributed_c10d as dist
 
+from shardwise.comm.hierarchical import connect_hosts
+from shardwise.comm.interfaces import INTERFACES, asked_for
 from shardwise.comm.shm_connect import connect_shm
+from shardwise.comm.store import host_names
 from shardwise.errors import CommError, MissingPackage
 
 TRANSPORT = "SHARDWISE_TRANSPORT"  # auto, shm or gloo: what carries host memory between ranks
@@ -31,7 +34,10 @@ class Inner(NamedTuple):
 
 
 class Membership(NamedTuple):
-    """Who a backend is made for: this rank, its place among `ranks` (global numbers), the limit, gloo's interface."""
+    """Who a backend is made for: this rank, its place among `ranks` (global numbers), the limit, gloo's address.
+
+    `interface` is the name of a network interface and goes before `host`.
+    """
 
     store: dist.Store
     rank: int
@@ -39,17 +45,25 @@ class Membership(NamedTuple):
     timeout_s: float
     host: str | None
     threads: int = 1
+    interface: str = ""
 
 
 def host_memory(who: Membership) -> Inner:
-    """`shm` where all ranks share a host and the compiled kernel is there, else gloo.
+    """`shm` where all ranks share a host and the compiled kernel is there, both for ranks on several hosts, else gloo.
 
     `SHARDWISE_TRANSPORT` decides otherwise. Raises CommError where it asks for shm and there is none.
     """
     wanted = os.environ.get(TRANSPORT, "auto")
     if wanted not in ("auto", "shm", "gloo"):
         raise CommError(f"{TRANSPORT}={wanted} is none of auto, shm, gloo. Leave it out, or set one of them.")
-    return gloo(who) if wanted == "gloo" else shm(who, otherwise=gloo if wanted == "auto" else None)
+    if wanted != "auto":
+        return gloo(who) if wanted == "gloo" else shm(who)
+    try:
+        hosts = host_names(who.store, who.rank, len(who.ranks))
+        made = connect_hosts(who, hosts, gloo) if len(set(hosts)) > 1 else None
+    except RuntimeError as error:
+        raise _unreachable(who, error) from None
+    return shm(who, otherwise=gloo) if made is None else Inner(made, made.abort, made.leave)
 
 
 def shm(who: Membership, otherwise: Callable[[Membership], Inner] | None = None) -> Inner:
@@ -69,12 +83,22 @@ def shm(who: Membership, otherwise: Callable[[Membership], Inner] | None = None)
 
 
 def gloo(who: Membership) -> Inner:
-    """A gloo backend on the interface of `who.host`; None leaves the choice to gloo and `GLOO_SOCKET_IFNAME`.
+    """A gloo backend on `who.interface`, those that the environment names, `who.host`, or where the host's name leads.
 
     Raises CommError when the ranks do not find each other in time.
     """
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    options._devices = _devices(who.host)
+    make = dist.ProcessGroupGloo
+    names = [who.interface] if who.interface else asked_for()
+    try:
+        options._devices = [make.create_device(interface=name) for name in names] or [
+            make.create_device(hostname=who.host) if who.host else make.create_default_device()
+        ]
+    except RuntimeError as error:
+        raise CommError(
+            f"gloo cannot listen on {', '.join(names) or who.host or 'this host'}: {str(error).splitlines()[0]}. Check "
+            f"{INTERFACES} and GLOO_SOCKET_IFNAME."
+        ) from None
     options._threads = who.threads
     options._timeout = timedelta(seconds=who.timeout_s)
     before = _connected()
@@ -89,23 +113,6 @@ def gloo(who: Membership) -> Inner:
         _ended.append(backend)
 
     return Inner(backend, end, end)
-
-
-def _devices(host: str | None) -> list[Any]:
-    """gloo's own default does not look at `GLOO_SOCKET_IFNAME`; only the constructor that torch itself uses does."""
-    make = dist.ProcessGroupGloo
-    names = os.environ.get("GLOO_SOCKET_IFNAME", "")
-    try:
-        if host:
-            return [make.create_device(hostname=host)]
-        if names:
-            return [make.create_device(interface=name) for name in names.split(",")]
-        return [make.create_default_device()]
-    except RuntimeError as error:
-        raise CommError(
-            f"gloo cannot listen on {host or names or 'its default interface'}: {str(error).splitlines()[0]} "
-            "GLOO_SOCKET_IFNAME names the network interfaces of this host to use; correct it or leave it out."
-        ) from None
 
 
 def nccl(who: Membership) -> Inner:

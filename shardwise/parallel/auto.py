@@ -79,7 +79,9 @@ class AutoSync(Synchroniser):
         measured = self._measure()
         choice = choose(measured, self._allow, self._exact)
         if self._mesh.rank == 0:
-            events.emit("sync_chosen", **msgspec.to_builtins(choice.sync), check_every=choice.check_every, why=choice.why)
+            events.emit(
+                "sync_chosen", **msgspec.to_builtins(choice.sync), check_every=choice.check_every, why=choice.why
+            )
         self._use(choice.sync, choice.check_every)
 
     def _use(self, sync: Sync, check_every: int) -> None:
