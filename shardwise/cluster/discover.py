@@ -18,10 +18,6 @@ from shardwise.comm.kernel import library
 from shardwise.errors import ClusterError
 from shardwise.spec.cluster import Cluster, Device, Link, Node
 
-# Rough: links are measured by a calibration.
-SHARED_LINK = Link(latency_s=20e-6, bandwidth=10e9)  # memory that the ranks share
-LOOPBACK_LINK = Link(latency_s=0.3e-3, bandwidth=0.9e9)  # gloo, where there is no compiled kernel
-GPU_LINK = Link(latency_s=20e-6, bandwidth=20e9)  # PCIe 4.0 x16 as GPUs without NVLink reach it
 _SMI_LIMIT_S = 20.0
 _UNLIMITED = 1 << 60  # cgroup v1 writes "no limit" as a number just below 2^63
 

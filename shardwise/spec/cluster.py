@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
+from itertools import pairwise
+
 from msgspec import Struct, field
 
 from shardwise.errors import SpecError
@@ -38,6 +42,71 @@ class Link(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         _not_negative("link", latency_s=self.latency_s, bandwidth=self.bandwidth)
 
 
+# What a transport reaches between two ranks where nobody measured it: rough.
+TRANSPORTS = {
+    "shm": Link(latency_s=20e-6, bandwidth=10e9),  # memory that the ranks share
+    "gloo": Link(latency_s=0.3e-3, bandwidth=0.9e9),  # TCP over loopback
+    "nccl": Link(latency_s=20e-6, bandwidth=20e9),  # PCIe 4.0 x16 as GPUs without NVLink reach it
+}
+
+
+class Pair(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The measured link from rank `source` to rank `target`."""
+
+    source: int
+    target: int
+    link: Link
+
+    def __post_init__(self) -> None:
+        _not_negative("pair", source=self.source, target=self.target)
+
+
+class Calibration(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `ranks` ranks measured between each other over `backend` (`shm`, `gloo`, `nccl`).
+
+    `pairs` has both directions of every two ranks. `collectives` maps an operation (`all_reduce`) to `(bytes, seconds)`
+    by rising bytes; they are those of the whole tensor, also where each rank has or gets a piece of it.
+    """
+
+    backend: str
+    ranks: int
+    pairs: tuple[Pair, ...] = ()
+    collectives: dict[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for operation, rows in self.collectives.items():
+            _not_negative(f"collective '{operation}'", **{f"{size} bytes": seconds for size, seconds in rows})
+            if not all(before[0] < after[0] for before, after in pairwise(rows)):
+                raise SpecError(f"the sizes of collective '{operation}' do not rise. Correct them in the cluster file.")
+
+    def seconds(self, operation: str, nbytes: int) -> float | None:
+        """How long `operation` takes for `nbytes`: on the line between the two nearest sizes; None if not measured.
+
+        Below the smallest size it is that of the smallest; above the largest it goes on as between the last two.
+        """
+        rows = self.collectives.get(operation, ())
+        if not rows:
+            return None
+        if nbytes <= rows[0][0]:
+            return rows[0][1]
+        if len(rows) == 1:
+            return rows[0][1] * nbytes / max(1, rows[0][0])
+        after = next((i for i, (size, _) in enumerate(rows) if size >= nbytes), len(rows) - 1)
+        (size, low), (larger, high) = rows[after - 1], rows[after]
+        return low + max(0.0, high - low) * (nbytes - size) / (larger - size)
+
+
+def typical_link(pairs: Sequence[Pair]) -> Link | None:
+    """The median latency and bandwidth of `pairs`; None without any."""
+    if not pairs:
+        return None
+    return Link(
+        latency_s=statistics.median(pair.link.latency_s for pair in pairs),
+        bandwidth=statistics.median(pair.link.bandwidth for pair in pairs),
+        measured=True,
+    )
+
+
 class Node(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One host: its devices, the link between any two of them, its cores and memory."""
 
@@ -52,10 +121,11 @@ class Node(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Cluster(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Nodes and the link between any two of them (`between`; unused with one node)."""
+    """Nodes, the link between any two of them (`between`; unused with one node), and what their ranks measured."""
 
     nodes: tuple[Node, ...]
     between: Link = Link(latency_s=50e-6, bandwidth=1.25e9)
+    calibrations: tuple[Calibration, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.devices:
@@ -65,3 +135,12 @@ class Cluster(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def devices(self) -> tuple[Device, ...]:
         """All devices in rank order: node after node."""
         return tuple(device for node in self.nodes for device in node.devices)
+
+    @property
+    def link(self) -> Link:
+        """The slowest link that ranks on all devices need: between nodes where there are several, else the node's."""
+        return self.nodes[0].link if len(self.nodes) == 1 else self.between
+
+    def calibration(self, ranks: int) -> Calibration | None:
+        """What `ranks` ranks measured here; None where that number of them did not."""
+        return next((found for found in self.calibrations if found.ranks == ranks), None)
