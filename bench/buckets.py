@@ -1,4 +1,4 @@
-"""Seconds a training step by the size of gradient buckets: the chosen one against fixed ones, shared memory and gloo."""
+"""Seconds a training step by the size of gradient buckets: the chosen one against fixed ones, over shm and gloo."""
 
 from __future__ import annotations
 

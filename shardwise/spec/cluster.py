@@ -42,11 +42,27 @@ class Link(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         _not_negative("link", latency_s=self.latency_s, bandwidth=self.bandwidth)
 
 
-# What a transport reaches between two ranks where nobody measured it: rough.
+class Transport(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a backend usually reaches between two ranks, and what an exchange takes from computing meanwhile.
+
+    A message that travels while a rank computes costs that rank `wake_s` seconds (another thread is woken on a core
+    that is busy, and both lose their caches) and its bytes at `work_bandwidth` bytes/s.
+    """
+
+    link: Link
+    wake_s: float
+    work_bandwidth: float
+
+    def work_s(self, nbytes: int) -> float:
+        """Seconds of computing that a message of `nbytes` costs."""
+        return self.wake_s + nbytes / self.work_bandwidth
+
+
+# Rough, for where nothing was measured; the costs are those of `bench buckets` on two ranks that fill two cores.
 TRANSPORTS = {
-    "shm": Link(latency_s=20e-6, bandwidth=10e9),  # memory that the ranks share
-    "gloo": Link(latency_s=0.3e-3, bandwidth=0.9e9),  # TCP over loopback
-    "nccl": Link(latency_s=20e-6, bandwidth=20e9),  # PCIe 4.0 x16 as GPUs without NVLink reach it
+    "shm": Transport(link=Link(latency_s=20e-6, bandwidth=10e9), wake_s=0.2e-3, work_bandwidth=12e9),
+    "gloo": Transport(link=Link(latency_s=0.3e-3, bandwidth=0.9e9), wake_s=1.5e-3, work_bandwidth=1.2e9),  # loopback
+    "nccl": Transport(link=Link(latency_s=20e-6, bandwidth=20e9), wake_s=0.0, work_bandwidth=1e15),  # PCIe 4.0 x16
 }
 
 
@@ -142,5 +158,14 @@ class Cluster(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.nodes[0].link if len(self.nodes) == 1 else self.between
 
     def calibration(self, ranks: int) -> Calibration | None:
-        """What `ranks` ranks measured here; None where that number of them did not."""
-        return next((found for found in self.calibrations if found.ranks == ranks), None)
+        """What `ranks` ranks measured here, or the number of ranks nearest to it; None where nobody measured."""
+        return min(self.calibrations, key=lambda found: abs(found.ranks - ranks), default=None)
+
+    @property
+    def transport(self) -> str:
+        """The backend that ranks on all devices need: as it was measured, else what such machines usually have."""
+        if self.calibrations:
+            return self.calibrations[0].backend
+        if not self.devices[0].kind.startswith("cpu"):
+            return "nccl"
+        return "shm" if len(self.nodes) == 1 else "gloo"
