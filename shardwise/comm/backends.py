@@ -15,22 +15,25 @@ import torch.distributed.distributed_c10d as dist
 
 from shardwise.comm.hierarchical import connect_hosts
 from shardwise.comm.interfaces import INTERFACES, asked_for
+from shardwise.comm.kernel import TRANSPORT
 from shardwise.comm.shm_connect import connect_shm
 from shardwise.comm.store import host_names
+from shardwise.comm.traffic import tcp_sent
 from shardwise.errors import CommError, MissingPackage
-
-TRANSPORT = "SHARDWISE_TRANSPORT"  # auto, shm or gloo: what carries host memory between ranks
 
 
 class Inner(NamedTuple):
     """One backend under a group; `abort(why)` frees every caller that waits in it, `leave()` ends it without an error.
 
-    After `leave` another rank fails only if it waits for something that this one has not sent.
+    After `leave` another rank fails only if it waits for something that this one has not sent. `sent()` is how many
+    bytes left this host's memory for another rank's so far, None where nobody counts.
     """
 
     backend: Any
     abort: Callable[[str], None]
     leave: Callable[[], None]
+    name: str = "custom"
+    sent: Callable[[], int | None] = lambda: None
 
 
 class Membership(NamedTuple):
@@ -73,7 +76,7 @@ def shm(who: Membership, otherwise: Callable[[Membership], Inner] | None = None)
     except RuntimeError as error:
         raise _unreachable(who, error) from None
     if made is not None:
-        return Inner(made, made.abort, made.leave)
+        return Inner(made, made.abort, made.leave, "shm", lambda: 0)
     if otherwise is not None:
         return otherwise(who)
     raise CommError(
@@ -112,7 +115,7 @@ def gloo(who: Membership) -> Inner:
         _hang_up(sockets)
         _ended.append(backend)
 
-    return Inner(backend, end, end)
+    return Inner(backend, end, end, "gloo", lambda: tcp_sent(sockets))
 
 
 def nccl(who: Membership) -> Inner:
@@ -125,7 +128,7 @@ def nccl(who: Membership) -> Inner:
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=who.timeout_s)
     backend = dist.ProcessGroupNCCL(who.store, who.rank, len(who.ranks), options)
-    return Inner(backend, lambda why: backend.abort(), backend.abort)
+    return Inner(backend, lambda why: backend.abort(), backend.abort, "nccl")
 
 
 BACKENDS: dict[str, Callable[[Membership], Inner]] = {"cpu": host_memory, "cuda": nccl}

@@ -22,6 +22,7 @@ from shardwise.comm.backends import BACKENDS, Inner, Membership, shm
 from shardwise.comm.shm import Shm
 from shardwise.comm.shm_work import ShmFailure
 from shardwise.comm.store import LOOPBACK, first_line
+from shardwise.comm.waits import Waits
 from shardwise.comm.work import GuardedWork, Tag
 from shardwise.errors import CommError
 
@@ -49,7 +50,8 @@ class Group(dist.ProcessGroup):
 
     Operations of all threads pass one lock and get one sequence number, so every rank issues them in one order.
     `step` is set by the caller and only tags errors. `wire` counts, for each operation, messages and the bytes handed
-    to the backend on this rank. After a failure or `abort` every call raises CommError: a new Group is needed.
+    to the backend on this rank; `waits` how long callers waited. After a failure or `abort` every call raises
+    CommError: a new Group is needed.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Group(dist.ProcessGroup):
         self.settings = settings
         self.step = 0
         self.wire: dict[str, tuple[int, int]] = {}
+        self.waits = Waits()
         kinds = {"cpu": dist.ProcessGroup.BackendType.GLOO, "cuda": dist.ProcessGroup.BackendType.NCCL}
         for device, inner in inners.items():
             if isinstance(inner.backend, NativeBackend):  # what is not overridden below falls through to it
@@ -99,6 +102,16 @@ class Group(dist.ProcessGroup):
 
     def setGroupDesc(self, desc: str) -> None:
         self._desc = desc
+
+    @property
+    def transport(self) -> str:
+        """What moves tensors of this mesh's device: `shm`, `gloo`, `nccl`."""
+        return self._inners[self.settings.devices[-1]].name
+
+    def sent(self) -> int | None:
+        """Bytes that left this host's memory for other ranks, where every backend counts them."""
+        counts = [inner.sent() for inner in self._inners.values()]
+        return None if None in counts else sum(filter(None, counts))
 
     def _set_sequence_number_for_group(self) -> None:
         return None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 NAME = "_shm"
+TRANSPORT = "SHARDWISE_TRANSPORT"  # auto, shm or gloo: what carries host memory between ranks
 
 
 class Kind(enum.IntEnum):

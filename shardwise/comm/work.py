@@ -77,7 +77,15 @@ class GuardedWork(dist.Work):
         if self._on_stream:
             if self._group.aborted:
                 raise self._group.aborted_error(self._tag)
-            return self._end()
+            with self._group.waits.on_stream():
+                return self._end()
+        began = time.perf_counter()
+        try:
+            return self._wait(timeout)
+        finally:
+            self._group.waits.add(time.perf_counter() - began)
+
+    def _wait(self, timeout: timedelta) -> bool:
         limit = timeout.total_seconds() or self._group.timeout_s
         deadline = time.monotonic() + limit
         while True:

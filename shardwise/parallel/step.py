@@ -41,8 +41,9 @@ class MicroBatch(Protocol):
 class StepResult(NamedTuple):
     """The mean loss over the global weight, the gradient's norm before clipping, and where the seconds went.
 
-    `comm_s` is the time spent waiting for other ranks, not what overlapped with the backward pass. With a global weight
-    of 0 nothing was counted: the loss is 0 and the step is `skipped`. Between two synchronisations of local updates
+    `comm_s` is the exposed communication: the time spent waiting for other ranks, in whatever the step exchanges, not
+    what overlapped with the backward pass. With a global weight of 0 nothing was counted: the loss is 0 and the step is
+    `skipped`. Between two synchronisations of local updates
     loss and norm are this rank's own, and the weight is as if the others had as much.
     """
 
@@ -116,10 +117,12 @@ def step(
 
 def _update(replica: Replica, optimizers: Sequence[torch.optim.Optimizer], factor: float, *, skipped: bool) -> float:
     """The parameters follow the gradients, times `factor`; the seconds that was waited for other ranks."""
+    before = replica.mesh.waited_s()
     if not skipped and factor != 1.0:
         replica.reducer.scale(factor)
     with user_code("the optimizer"):
-        return replica.synchroniser.finish_step(optimizers, skipped=skipped)
+        waited = replica.synchroniser.finish_step(optimizers, skipped=skipped)
+    return max(waited, replica.mesh.waited_s() - before)  # an optimizer may exchange something too
 
 
 def _skips(verdict: Verdict, totals: Totals, on_nan: str, scaler: LossScaler | None) -> bool:
@@ -138,7 +141,8 @@ def _skips(verdict: Verdict, totals: Totals, on_nan: str, scaler: LossScaler | N
 def _gradients(
     replica: Replica, micro: Sequence[MicroBatch], loss: Loss, forward: Any, scaler: LossScaler | None
 ) -> tuple[Totals, float]:
-    """Forward and backward of every microbatch, then the sums over all ranks, and the seconds waited for them."""
+    """Forward and backward of every microbatch, then the sums over all ranks, and the seconds waited for others."""
+    earlier = replica.mesh.waited_s()
     replica.begin(len(micro))
     with replica.formats.step(several=len(micro) > 1):
         if replica.coupled == "gather":
@@ -152,9 +156,10 @@ def _gradients(
                 backward(total * replica.scale(scaler))
                 replica.after_backward(index)
             replica.stand_in(len(micro), loss)
+    before = replica.mesh.waited_s()  # what forward and backward exchange (batch norms, outputs) is waited for there
     totals, waited = replica.reducer.finish()
     replica.end_step()
-    return totals, waited
+    return totals, before - earlier + max(waited, replica.mesh.waited_s() - before)
 
 
 def _loss_of(replica: Replica, one: MicroBatch, loss: Loss, forward: Any, *, first: bool, pieces: int) -> Tensor:

@@ -13,6 +13,7 @@ from shardwise.comm.exchange import Exchange
 from shardwise.comm.mesh import Axis
 from shardwise.parallel.alone import Alone
 from shardwise.parallel.reducer import Named, Reducer
+from shardwise.plan.buckets import usual_bucket_bytes
 from shardwise.spec.sync import Sync
 
 Optimizers = Sequence[torch.optim.Optimizer]
@@ -59,7 +60,8 @@ class Synchroniser:
         self._exchange = exchange
         self._reducer: Reducer | Alone = Alone(named)
         if axis.size > 1 or shards:
-            self._reducer = Reducer(named, axis, bucket_bytes=sync.bucket_bytes, shards=shards, exchange=exchange)
+            size = sync.bucket_bytes or _bucket_bytes(named(), axis)
+            self._reducer = Reducer(named, axis, bucket_bytes=size, shards=shards, exchange=exchange)
 
     @property
     def reducer(self) -> Reducer | Alone:
@@ -112,3 +114,9 @@ class Synchroniser:
         self.reducer.close()
         if self._exchange is not None:
             self._exchange.close()
+
+
+def _bucket_bytes(named: Named, axis: Axis) -> int:
+    """The size of buckets that the axis's transport usually asks for: alike on all ranks, and in every run."""
+    size = sum(parameter.numel() * parameter.element_size() for _, parameter in named if parameter.requires_grad)
+    return usual_bucket_bytes(size, axis.size, axis.group.transport if axis.group is not None else "")

@@ -34,7 +34,7 @@ LOSSY = ("compressed", "local", "param_server")  # words that change the numbers
 
 
 class Sync(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How replicas agree on gradients or parameters; `bucket_bytes` is the size of one flat gradient bucket.
+    """How replicas agree on gradients or parameters; `bucket_bytes` is the size of a gradient bucket (0: chosen).
 
     `method` is one of `METHODS[word]`, its first one unless given (with a `bound`: stale). `start` counts the steps
     that are exact before the method begins. Of `compressed`: `density` is the share of elements that top-k sends,
@@ -59,7 +59,7 @@ class Sync(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     fragments: int = 4
     bound: int = 0
     backup: int = 0
-    bucket_bytes: int = 25_000_000
+    bucket_bytes: int = 0
 
     def __post_init__(self) -> None:
         methods = METHODS[self.word]
@@ -93,10 +93,10 @@ class Sync(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 )
 
     def _refuse_misfits(self) -> None:
-        for name in ("start", "every", "overlap", "bound", "backup"):
+        for name in ("start", "every", "overlap", "bound", "backup", "bucket_bytes"):
             if getattr(self, name) < 0:
                 raise SpecError(f"sync.{name}={getattr(self, name)}: it cannot be negative.")
-        for name in ("bucket_bytes", "rank", "fragments"):
+        for name in ("rank", "fragments"):
             if getattr(self, name) < 1:
                 raise SpecError(f"sync.{name}={getattr(self, name)}: it must be at least 1.")
         if not 0 < self.density <= 1:

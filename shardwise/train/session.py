@@ -76,6 +76,8 @@ class Session:
                 self._adopted.close()
             if error is None and self._trainer is not None:
                 self._trainer.finish()
+            if self._began:
+                events.emit("wire", rank=self.mesh.rank, groups=self.mesh.traffic())
             if self._began and self.mesh.rank == 0:
                 step = self._trainer.state.step if self._trainer else 0
                 status = "failed" if error else "finished"
@@ -198,6 +200,7 @@ class Session:
             events.emit(
                 "run_started", run=folder.path.name, job="session", ranks=self.mesh.world, plan=plan, steps=steps
             )
+            events.emit("connected", axes=self.mesh.axes())
         return folder
 
 

@@ -110,6 +110,7 @@ def test_train_hands_everything_on_and_sums_up(api: Any, runs: Path, capsys: pyt
         {
             "sets": ["lr=3e-4", "layers=2"],
             "plan": "data=2,sync.bucket_bytes=9",
+            "cluster": None,
             "on": "local",
             "resume": "latest",
             "runs": runs,

@@ -56,7 +56,7 @@ def test_every_rank_has_its_own_coordinates_and_neighbours_differ_in_the_last_ax
         ("data", "no value"),
         ("zero=4", "1, 2 or 3"),
         ("sync=everything", "sync"),
-        ("sync.bucket_bytes=0", "at least 1"),
+        ("sync.bucket_bytes=-1", "negative"),
         ("sync.every=5", "belongs to local/diloco"),
         ("sync=local,sync.method=int8", "no method of sync=local"),
         ("sync=compressed,sync.method=topk,sync.density=0", "above 0"),
