@@ -31,14 +31,7 @@ def train(
     """Train a job, or run a plain script in every rank."""
     from shardwise.train import api
 
-    told: dict[str, Any] = {
-        "cluster": cluster,
-        "on": on,
-        "resume": resume,
-        "runs": runs,
-        "name": name,
-        "args": args or [],
-    }
+    told: dict[str, Any] = {"on": on, "resume": resume, "runs": runs, "name": name, "args": args or []}
     result = api.train(file, sets=sets or [], plan=plan, cluster=cluster, display=not quiet, **told)
     if not quiet and result.summary.step:
         from shardwise.cli.console import print_topics

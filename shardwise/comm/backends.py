@@ -17,8 +17,12 @@ from shardwise.comm.hierarchical import connect_hosts
 from shardwise.comm.interfaces import INTERFACES, asked_for
 from shardwise.comm.kernel import TRANSPORT
 from shardwise.comm.shm_connect import connect_shm
+from shardwise.comm.hierarchical import connect_hosts
+from shardwise.comm.interfaces import INTERFACES, asked_for
+from shardwise.comm.kernel import TRANSPORT
+from shardwise.comm.shm_connect import connect_shm
 from shardwise.comm.store import host_names
-from shardwise.comm.traffic import tcp_sent
+from shardwise.comm.traffic import TcpSent
 from shardwise.errors import CommError, MissingPackage
 
 
@@ -115,7 +119,7 @@ def gloo(who: Membership) -> Inner:
         _hang_up(sockets)
         _ended.append(backend)
 
-    return Inner(backend, end, end, "gloo", lambda: tcp_sent(sockets))
+    return Inner(backend, end, end, "gloo", TcpSent(sockets))
 
 
 def nccl(who: Membership) -> Inner:

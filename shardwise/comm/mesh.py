@@ -63,7 +63,10 @@ class Mesh:
         ]
 
     def traffic(self) -> list[dict[str, Any]]:
-        """For each group what this rank exchanged in it, as an event tells it (`traffic.described`)."""
+        """For each group what this rank exchanged in it, as an event tells it (`traffic.described`).
+
+        What its connections carried is as of the last call while they stood: call it before the others may leave.
+        """
         return [described(group) for group in self._each_group()]
 
     def waited_s(self) -> float:

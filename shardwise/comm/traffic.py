@@ -29,21 +29,29 @@ def least_sent(operation: str, nbytes: int, ranks: int) -> int:
     return nbytes if operation == "send" else 0
 
 
-def tcp_sent(sockets: Iterable[tuple[int, int]]) -> int | None:
-    """Bytes that the kernel sent on these `(descriptor, inode)`, repetitions included; None where it cannot say."""
-    total = 0
-    for descriptor, inode in sockets:
-        with contextlib.suppress(OSError):
-            if os.fstat(descriptor).st_ino != inode:
-                continue
-            with socket.socket(fileno=os.dup(descriptor)) as connection:
-                if connection.family not in (socket.AF_INET, socket.AF_INET6) or sys.platform != "linux":
+class TcpSent:
+    """Bytes that the kernel sent on connections, given as `(descriptor, inode)`; repetitions count too.
+
+    Called, it asks again; of a connection that has ended since it remembers the last answer. None where the kernel
+    does not tell (before Linux 4.19, or elsewhere).
+    """
+
+    def __init__(self, sockets: Iterable[tuple[int, int]]) -> None:
+        self._sent = dict.fromkeys(sockets, 0)
+
+    def __call__(self) -> int | None:
+        if sys.platform != "linux":
+            return None
+        for descriptor, inode in self._sent:
+            with contextlib.suppress(OSError):
+                if os.fstat(descriptor).st_ino != inode:
+                    continue
+                with socket.socket(fileno=os.dup(descriptor)) as connection:
+                    raw = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                if len(raw) < _TCP_INFO_SENT + 8:
                     return None
-                raw = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-            if len(raw) < _TCP_INFO_SENT + 8:
-                return None
-            total += struct.unpack_from("Q", raw, _TCP_INFO_SENT)[0]
-    return total
+                self._sent[descriptor, inode] = struct.unpack_from("Q", raw, _TCP_INFO_SENT)[0]
+        return sum(self._sent.values())
 
 
 def described(group: Any) -> dict[str, Any]:

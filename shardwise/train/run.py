@@ -90,6 +90,7 @@ class Trainer:
         if self.state.saved != self.state.step:
             self.save()
         self.replica.synchroniser.settle(self.optimizers.optimizers)
+        self.mesh.traffic()  # soon the others close their ends of the connections, which know what was sent
         events.emit("memory", rank=self.mesh.rank, peak_bytes=peak_bytes(str(self.mesh.device)))
 
     def _guarded(self, local: LocalStep) -> StepResult:

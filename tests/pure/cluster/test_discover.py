@@ -215,7 +215,7 @@ def test_gpus_are_the_devices_where_there_are_some(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("raw", ["", "[]", "{", '{"key": 3}', '{"key": {"cpu": {"float32": "fast"}}}', "\x00"])
 def test_a_damaged_cache_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raw: str) -> None:
     cache = tmp_path / "cluster.json"
-    cache.write_text(raw.replace("key", probe._key("cpu", 2, [])))
+    cache.write_text(raw.replace("key", probe.machine_key("cpu", 2, [])))
     monkeypatch.setattr(probe, "_in_child", lambda *args: SPEED)
     assert probe.speeds("cpu", 2, [], cache=cache) == SPEED
     assert list(json.loads(cache.read_text()).values()) == [SPEED]
