@@ -17,10 +17,6 @@ from shardwise.comm.hierarchical import connect_hosts
 from shardwise.comm.interfaces import INTERFACES, asked_for
 from shardwise.comm.kernel import TRANSPORT
 from shardwise.comm.shm_connect import connect_shm
-from shardwise.comm.hierarchical import connect_hosts
-from shardwise.comm.interfaces import INTERFACES, asked_for
-from shardwise.comm.kernel import TRANSPORT
-from shardwise.comm.shm_connect import connect_shm
 from shardwise.comm.store import host_names
 from shardwise.comm.traffic import TcpSent
 from shardwise.errors import CommError, MissingPackage
