@@ -28,6 +28,7 @@ from shardwise.errors import CommError
 
 NAME, SHM = "shardwise", "shm"
 REMEMBERED = 64
+MESSAGES = ("send", "recv")
 REPORT_S = 0.5  # how long a failed rank waits for the others to report, to say who did not
 
 
@@ -223,7 +224,8 @@ class Group(dist.ProcessGroup):
             device = flat[0].device.type if flat else next(iter(self._inners))
             inner = self._inner_for(device)
             try:
-                return GuardedWork(self, tag, call(inner), tensors, on_stream=device != "cpu")
+                in_one = op in MESSAGES and device == "cpu" and not isinstance(inner, Shm)
+                return GuardedWork(self, tag, call(inner), tensors, on_stream=device != "cpu", in_one=in_one)
             except RuntimeError as error:
                 failure = error
         raise self.failed(tag, failure) from None
