@@ -32,6 +32,13 @@ class Push(NamedTuple):
     clock: int
 
 
+class Skip(NamedTuple):
+    """A worker gives `clock` up: it was late, or its gradient does not count."""
+
+    worker: int
+    clock: int
+
+
 class Pull(NamedTuple):
     """A worker wants to start `clock`; `bound` instead of the rule's: 0 waits for everything before the clock."""
 
@@ -74,7 +81,7 @@ class Update(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """Let the worker start `clock`; `late` when that clock has been completed without it, so it must not compute it."""
+    """Let the worker start `clock`; `late` when that clock has been completed without it: it should skip it."""
 
     worker: int
     clock: int
@@ -88,7 +95,7 @@ class Admit(NamedTuple):
     clock: int
 
 
-Event = Push | Pull | Join | Leave
+Event = Push | Skip | Pull | Join | Leave
 Action = Add | Drop | Update | Answer | Admit
 
 
@@ -136,6 +143,10 @@ def advance(state: Clocks, event: Event) -> tuple[Clocks, list[Action]]:
             _known(state, worker)
             _expect(clock == state.finished[worker], f"worker {worker} asked for clock {clock} out of turn")
             return _answer(state._replace(waiting={**state.waiting, worker: event}), [])
+        case Skip(worker, clock):
+            _known(state, worker)
+            _expect(clock == state.finished[worker], f"worker {worker} skipped clock {clock} out of turn")
+            return _answer(state._replace(finished={**state.finished, worker: clock + 1}), [])
         case Push(worker, clock):
             _known(state, worker)
             _expect(clock == state.finished[worker], f"worker {worker} pushed clock {clock} out of turn")
@@ -171,10 +182,8 @@ def _answer(state: Clocks, actions: list[Action]) -> tuple[Clocks, list[Action]]
         bound = state.rule.bound if pull.bound is None else pull.bound
         if bound is not None and state.done < pull.clock - bound:
             continue
-        late = pull.clock < state.done
-        finished = {**state.finished, worker: pull.clock + 1} if late else state.finished
-        state = state._replace(waiting=_without(state.waiting, worker), finished=finished)
-        actions.append(Answer(worker, pull.clock, late))
+        state = state._replace(waiting=_without(state.waiting, worker))
+        actions.append(Answer(worker, pull.clock, pull.clock < state.done))
     return state, actions
 
 

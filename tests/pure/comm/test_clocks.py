@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardwise.comm.clocks import Action, Add, Admit, Answer, Clocks, Drop, Join, Leave, Pull, Push, Rule, Update
+from shardwise.comm.clocks import Action, Add, Admit, Answer, Clocks, Drop, Join, Leave, Pull, Push, Rule, Skip, Update
 from shardwise.comm.clocks import advance, begin
 
 
@@ -49,12 +49,8 @@ class World:
                 if self.rule.bound is not None:
                     done = self.done()
                     assert done >= clock - self.rule.bound, "started too early"
-                if late:
-                    assert clock < self.state.done
-                    self.dropped.append((worker, clock))
-                    self.clock[worker], self.phase[worker] = clock + 1, "idle"
-                else:
-                    self.phase[worker] = "computing"
+                assert late == (clock < self.done())
+                self.phase[worker] = "late" if late else "computing"
 
     def done(self) -> int:
         """Clocks whose updates are all there, counted from what was updated and not from the state."""
@@ -71,6 +67,12 @@ class World:
             self.clock[worker], self.phase[worker] = clock + 1, "idle"
             self.computed.append((worker, clock))
             self.feed(Push(worker, clock))
+
+        elif self.phase[worker] == "late":
+            clock = self.clock[worker]
+            self.dropped.append((worker, clock))
+            self.clock[worker], self.phase[worker] = clock + 1, "idle"
+            self.feed(Skip(worker, clock))
 
     def movable(self) -> list[int]:
         return sorted(w for w, phase in self.phase.items() if phase != "waiting")
@@ -136,7 +138,7 @@ def test_a_stopped_worker_does_not_stop_the_others_where_it_is_backup() -> None:
     assert world.state.done == 10
     world.move(2)
     assert world.dropped == [(2, 0)]
-    world.move(2)
+    world.move(2), world.move(2)
     assert world.dropped[-1] == (2, 1), "what is over is not computed any more"
 
 
@@ -176,7 +178,7 @@ def test_a_drain_waits_for_everything_before_the_clock() -> None:
     assert actions == [Add(1, 0), Update(0, (0, 1)), Answer(0, 1, False)]
 
 
-@pytest.mark.parametrize("event", [Push(0, 1), Pull(0, 1), Push(7, 0), Leave(7), Join(0)])
+@pytest.mark.parametrize("event", [Push(0, 1), Pull(0, 1), Push(7, 0), Skip(0, 1), Leave(7), Join(0)])
 def test_what_breaks_the_protocol_is_refused(event: Any) -> None:
     with pytest.raises(ValueError):
         advance(begin(Rule(), [0, 1]), event)
