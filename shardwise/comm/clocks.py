@@ -9,8 +9,10 @@ State and events in, state and actions out: no tensor, no thread, no time. Worke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 
 class Rule(NamedTuple):
@@ -117,7 +119,7 @@ class Clocks(NamedTuple):
         return [w for w, clock in self.finished.items() if clock <= self.done]
 
 
-def begin(rule: Rule, workers: Iterator[int] | list[int], clock: int = 0) -> Clocks:
+def begin(rule: Rule, workers: Iterable[int], clock: int = 0) -> Clocks:
     """All `workers` at `clock`."""
     started = dict.fromkeys(workers, clock)
     return Clocks(rule, clock, started, dict(started))
@@ -187,7 +189,7 @@ def _answer(state: Clocks, actions: list[Action]) -> tuple[Clocks, list[Action]]
     return state, actions
 
 
-def _without(mapping: Mapping[int, object], key: int) -> dict:  # type: ignore[type-arg]
+def _without(mapping: Mapping[int, T], key: int) -> dict[int, T]:
     return {k: v for k, v in mapping.items() if k != key}
 
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from shardwise.comm import clocks, deal
-from shardwise.comm.clocks import Clocks, Rule
+from shardwise.comm.clocks import Rule
 from shardwise.comm.group import Group
 from shardwise.comm.param_store import Gradients, Push, Store
 from shardwise.comm.param_wire import (
     ANSWER,
     ANSWERED,
+    ANSWERED_ROWS,
     IDLE,
     PIECE,
     REQUEST,
@@ -42,7 +43,8 @@ class Server:
 
     The workers of this process call its methods; those of others are answered by a thread each after `start`. A
     failure (of a worker, of the optimizer) aborts the group and is raised in every call here. With `leads` this server
-    also decides which gradients of a clock count and deals the samples, from `ahead` clocks later on.
+    also decides which gradients of a clock count, and deals the samples: anew from `ahead` clocks later on, never when
+    that is 0.
     """
 
     def __init__(
@@ -210,8 +212,8 @@ class Server:
         if wanted.version != answer.version:
             sent += [line.send(piece, ANSWERED) for piece in copy.pieces]
         for at, values in rows:
-            sent += [line.send(torch.tensor([len(at)]), ROWS)]
-            sent += [line.send(at, ROWS), line.send(values, ROWS)] if len(at) else []
+            sent += [line.send(torch.tensor([len(at)]), ANSWERED_ROWS)]
+            sent += [line.send(at, ANSWERED_ROWS), line.send(values, ANSWERED_ROWS)] if len(at) else []
         for each in sent:
             each.work.wait()
         self.put_back(copy)
@@ -267,7 +269,7 @@ class Server:
 
     def _report(self, worker: int, request: Request) -> None:
         """How fast the worker was; perhaps the samples are dealt anew."""
-        if self._leads and request.seconds > 0:
+        if self._leads and self._ahead and request.seconds > 0:
             with self._turn:
                 said = deal.Report(self.workers.index(worker), request.samples, request.seconds, request.seen)
                 self._dealing = deal.report(self._dealing, said, self._furthest + self._ahead)

@@ -172,7 +172,8 @@ class Store:
             if rows and table.name in tables:
                 at = torch.cat([indices for indices, _ in rows])
                 values = torch.cat([values for _, values in rows]) * factor
-                gradient = torch.sparse_coo_tensor(at[None], values, tables[table.name].shape)
+                # checked: the indices came from another rank
+                gradient = torch.sparse_coo_tensor(at[None], values, tables[table.name].shape, check_invariants=True)
                 tables[table.name].grad = gradient.coalesce()
                 self.changed[number][at] = self.version + 1
 

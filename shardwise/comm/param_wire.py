@@ -1,12 +1,12 @@
 """Messages between a worker and a server of a parameter server: what they mean, in numbers. No pickle.
 
-    worker -> server                                          server -> worker
-    START  clock, samples, seconds, seen                      answer
-    PULL   the same, bound, then one line a table             answer, then pieces and rows that have changed
-    COUNT  clock                                              answer: late when the gradient comes too late
-    PUSH   clock, then pieces, said, rows of each table
-    SKIP   clock
-    BYE
+worker -> server                                          server -> worker
+START  clock, samples, seconds, seen                      answer
+PULL   the same, bound, then one line a table             answer, then pieces and rows that have changed
+COUNT  clock                                              answer: late when the gradient comes too late
+PUSH   clock, then pieces, said, rows of each table
+SKIP   clock
+BYE
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from shardwise.comm.deal import Deal
 from shardwise.comm.group import Group
 from shardwise.comm.param_store import Push
 
-REQUEST, PIECE, SAID, ROWS, ANSWER, ANSWERED = range(71, 77)  # tags
+# Tags: what a worker sends to a server, then what a server sends to a worker, which may be between the same two ranks.
+REQUEST, PIECE, SAID, ROWS = range(71, 75)
+ANSWER, ANSWERED, ANSWERED_ROWS = range(75, 78)
 TOTALS = 8  # of so many clocks, the newest, an answer tells the loss
 IDLE = timedelta(days=365)  # a server that waits for a request waits for nobody: it ends with the group
 

@@ -9,12 +9,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardwise.comm.clocks import Action, Add, Admit, Answer, Clocks, Drop, Join, Leave, Pull, Push, Rule, Skip, Update
-from shardwise.comm.clocks import advance, begin
+from shardwise.comm.clocks import (
+    Action,
+    Add,
+    Admit,
+    Answer,
+    Clocks,
+    Drop,
+    Join,
+    Leave,
+    Pull,
+    Push,
+    Rule,
+    Skip,
+    Update,
+    advance,
+    begin,
+)
 
 
 class World:
-    """Workers that pull, compute and push in any interleaving, as `draw` chooses; what the clocks allowed is checked."""
+    """Workers that pull, compute and push in any interleaving, as `draw` chooses; what the clocks allow is checked."""
 
     def __init__(self, rule: Rule, workers: int) -> None:
         self.rule = rule
@@ -45,7 +60,8 @@ class World:
             case Admit(worker, clock):
                 self.clock[worker], self.phase[worker] = clock, "idle"
             case Answer(worker, clock, late):
-                assert self.phase[worker] == "waiting" and self.clock[worker] == clock
+                assert self.phase[worker] == "waiting"
+                assert self.clock[worker] == clock
                 if self.rule.bound is not None:
                     done = self.done()
                     assert done >= clock - self.rule.bound, "started too early"
@@ -110,7 +126,8 @@ def test_every_gradient_counts_once_and_nobody_runs_ahead(rule: Rule, workers: i
     if not rule.at_once:
         assert clocks == list(range(len(clocks))), "updates come in order, each clock once"
         for clock, members in world.updates:
-            assert sorted(members) == list(range(workers)) and members == tuple(world.counted[clock])
+            assert sorted(members) == list(range(workers))
+            assert members == tuple(world.counted[clock])
     assert world.state.done == min(world.clock.values())
 
 
@@ -164,7 +181,8 @@ def test_leaving_completes_what_waited_for_it() -> None:
     state = begin(Rule(), [0, 1])
     state, _ = advance(state, Push(0, 0))
     state, actions = advance(state, Pull(0, 1))
-    assert actions == [] and state.behind() == [1]
+    assert actions == []
+    assert state.behind() == [1]
     state, actions = advance(state, Leave(1))
     assert actions == [Update(0, (0,)), Answer(0, 1, False)]
 
@@ -180,5 +198,5 @@ def test_a_drain_waits_for_everything_before_the_clock() -> None:
 
 @pytest.mark.parametrize("event", [Push(0, 1), Pull(0, 1), Push(7, 0), Skip(0, 1), Leave(7), Join(0)])
 def test_what_breaks_the_protocol_is_refused(event: Any) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="worker"):
         advance(begin(Rule(), [0, 1]), event)

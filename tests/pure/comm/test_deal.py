@@ -44,7 +44,8 @@ def test_equal_shares_are_as_even_as_they_can_be() -> None:
 def test_a_worker_with_less_than_a_sample_a_clock_gets_one_now_and_then() -> None:
     hands = Hands(8, [Deal(0, (0.95, 0.05))])
     given_ = [len(hands.of(clock)[1]) for clock in range(20)]
-    assert set(given_) == {0, 1} and sum(given_) == 8
+    assert set(given_) == {0, 1}
+    assert sum(given_) == 8
 
 
 def measured(state: Dealing, speeds: list[float], clocks: int, start: int) -> Dealing:
@@ -73,13 +74,14 @@ def test_nothing_is_dealt_before_everybody_knows_the_last_deal() -> None:
         state = report(state, Report(1, 8, 1.0, 0), 30)
     assert len(state.deals) == 2
     state = report(state, Report(1, 8, 1.0, 1), 31)
-    assert len(state.deals) == 3 and state.deals[-1].start == 31
+    assert len(state.deals) == 3
+    assert state.deals[-1].start == 31
 
 
 def test_a_deal_of_clocks_that_were_dealt_already_is_refused() -> None:
     hands = Hands(8, [Deal(0, (0.5, 0.5))])
     hands.of(5)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="clock 5"):
         hands.add(Deal(5, (0.8, 0.2)))
     hands.add(Deal(6, (0.8, 0.2)))
     assert [len(run) for run in hands.of(6)] == [6, 2]
