@@ -28,7 +28,7 @@ from shardwise.errors import CommError
 
 NAME, SHM = "shardwise", "shm"
 REMEMBERED = 64
-MESSAGES = ("send", "recv")
+IN_ONE = ("send", "recv", "reduce_scatter")  # what gloo must be waited for in one piece
 REPORT_S = 0.5  # how long a failed rank waits for the others to report, to say who did not
 
 
@@ -123,6 +123,11 @@ class Group(dist.ProcessGroup):
     def aborted(self) -> bool:
         return self._why_aborted is not None
 
+    @property
+    def why_aborted(self) -> str:
+        """Why no operation can be started any more; empty while it can."""
+        return self._why_aborted or ""
+
     def abort(self, why: str = "it was aborted on this rank") -> None:
         """Free every caller that waits in this group, on this rank and (their connections end) on the others.
 
@@ -149,7 +154,8 @@ class Group(dist.ProcessGroup):
 
     def failed(self, tag: Tag, error: BaseException) -> CommError:
         """Abort after a failure of the backend, and say which ranks did not report."""
-        self.abort(f"{tag.op} number {tag.sequence} failed")
+        why = str(error) if isinstance(error, ShmFailure) else first_line(error).rstrip(".")
+        self.abort(f"{tag.op} number {tag.sequence}{self._whom(tag)} failed: {why}")
         if isinstance(error, ShmFailure):  # it names the rank, and came at once
             return CommError(f"{self._describe(tag)} failed: {error}. An aborted group is never used again.")
         return CommError(f"{self._describe(tag)} failed: {first_line(error)} {self._blame()}")
@@ -161,9 +167,12 @@ class Group(dist.ProcessGroup):
 
     def _describe(self, tag: Tag) -> str:
         return (
-            f"{tag.op} number {tag.sequence} of group '{self._desc}' "
+            f"{tag.op} number {tag.sequence}{self._whom(tag)} of group '{self._desc}' "
             f"(generation {tag.generation}, step {tag.step}) on rank {self.ranks[self.rank()]}"
         )
+
+    def _whom(self, tag: Tag) -> str:
+        return "" if tag.peer is None else f" {'to' if tag.op == 'send' else 'from'} rank {self.ranks[tag.peer]}"
 
     def _report(self, why: str) -> None:
         self._store.set(f"failed/{self.rank()}", why)
@@ -210,12 +219,13 @@ class Group(dist.ProcessGroup):
                 return shared
         return torch.zeros(numel, dtype=dtype, device=device)
 
-    def _run(self, op: str, tensors: Any, call: Callable[[Any], Any]) -> GuardedWork:
-        """Issue one operation: `call(backend)` returns the backend's work. `tensors` are what it sends or receives."""
+    def _run(self, op: str, tensors: Any, call: Callable[[Any], Any], peer: int | None = None) -> GuardedWork:
+        """Issue one operation: `call(backend)` returns the backend's work. `tensors` are what it sends or receives,
+        `peer` is whom a message goes to or comes from."""
         flat = _flat(tensors)
         with self._lock:
             self._sequence += 1
-            tag = Tag(self.settings.generation, self.step, self._sequence, op)
+            tag = Tag(self.settings.generation, self.step, self._sequence, op, peer)
             if self._why_aborted is not None:
                 raise self.aborted_error(tag)
             self._recent.append(tag)
@@ -224,7 +234,7 @@ class Group(dist.ProcessGroup):
             device = flat[0].device.type if flat else next(iter(self._inners))
             inner = self._inner_for(device)
             try:
-                in_one = op in MESSAGES and device == "cpu" and not isinstance(inner, Shm)
+                in_one = op in IN_ONE and device == "cpu" and not isinstance(inner, Shm)
                 return GuardedWork(self, tag, call(inner), tensors, on_stream=device != "cpu", in_one=in_one)
             except RuntimeError as error:
                 failure = error
@@ -334,10 +344,10 @@ class Group(dist.ProcessGroup):
         return self._run("all_to_all", inputs, lambda inner: inner.alltoall(outputs, inputs, opts))
 
     def send(self, tensors: Any, dst: int, tag: int = 0) -> GuardedWork:
-        return self._run("send", tensors, lambda inner: inner.send(tensors, dst, tag))
+        return self._run("send", tensors, lambda inner: inner.send(tensors, dst, tag), dst)
 
     def recv(self, tensors: Any, src: int, tag: int = 0) -> GuardedWork:
-        return self._run("recv", tensors, lambda inner: inner.recv(tensors, src, tag))
+        return self._run("recv", tensors, lambda inner: inner.recv(tensors, src, tag), src)
 
     def recv_anysource(self, tensors: Any, tag: int = 0) -> GuardedWork:
         return self._run("recv", tensors, lambda inner: inner.recv_anysource(tensors, tag))

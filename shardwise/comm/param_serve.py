@@ -280,7 +280,10 @@ class Server:
                 raise type(self._failure)(str(self._failure)) from self._failure
             raise CommError(f"{self._who()} failed: {self._failure}") from self._failure
         if self.group.aborted:
-            raise CommError(f"{self._who()} stopped: its group '{self.group.getGroupDesc()}' was aborted.")
+            raise CommError(
+                f"{self._who()} stopped: its group '{self.group.getGroupDesc()}' is closed because "
+                f"{self.group.why_aborted}."
+            )
 
     def _who(self) -> str:
         return f"the parameter server on rank {self.group.ranks[self.group.rank()]}"

@@ -25,6 +25,7 @@ class Tag(NamedTuple):
     step: int
     sequence: int
     op: str
+    peer: int | None = None
 
 
 class _Ordered:
@@ -61,8 +62,9 @@ class GuardedWork(dist.Work):
     """What `Group` returns for an operation: waits at most the group's limit and raises CommError, never hangs.
 
     `tensors` must live until the operation has ended. `on_stream` is for devices with a queue of their own: there a
-    wait only orders what follows, and the backend's watchdog limits it. `in_one` is for gloo's messages: a wait for one
-    that runs out of time closes the connection, so it cannot be cut into slices.
+    wait only orders what follows, and the backend's watchdog limits it. `in_one` is for what gloo cannot be asked
+    about in slices: a wait for a message that runs out of time closes the connection, and a reduce-scatter does not
+    say that it failed.
     """
 
     def __init__(

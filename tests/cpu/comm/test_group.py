@@ -225,7 +225,7 @@ def test_waiting_for_a_message_of_a_rank_that_dies_ends_at_once() -> None:
     assert "recv" in text
 
 
-def widowed(rank: Rank) -> tuple[float, str]:
+def widowed(rank: Rank, scatter: bool = False) -> tuple[float, str]:
     group = group_of(rank)
     group.all_reduce(torch.ones(1)).wait()
     if rank.rank == 1:
@@ -233,18 +233,21 @@ def widowed(rank: Rank) -> tuple[float, str]:
     began = time.monotonic()
     try:
         for _ in range(1000):
+            if scatter:
+                group.reduce_scatter_single(torch.ones(1), torch.ones(rank.world)).wait()
             group.all_reduce(torch.ones(1)).wait()
     except CommError as error:
         return time.monotonic() - began, str(error)
     raise AssertionError("the dead rank answered")
 
 
-def test_a_dead_peer_is_an_error_on_every_rank_and_no_hang() -> None:
-    found = run_ranks(3, widowed, may_die=(1,))
+@pytest.mark.parametrize("scatter", [False, True])
+def test_a_dead_peer_is_an_error_on_every_rank_and_no_hang(scatter: bool) -> None:
+    found = run_ranks(3, widowed, scatter, may_die=(1,))
     for rank in (0, 2):
         waited_s, text = found[rank]
         assert waited_s < 3
-        assert "all_reduce" in text
+        assert ("reduce_scatter" if scatter else "all_reduce") in text
 
 
 def from_many_threads(rank: Rank) -> list[float]:
