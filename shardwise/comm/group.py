@@ -24,11 +24,16 @@ from shardwise.comm.shm_work import ShmFailure
 from shardwise.comm.store import LOOPBACK, first_line
 from shardwise.comm.waits import Waits
 from shardwise.comm.work import GuardedWork, Tag
+from shardwise.comm.worker import Unhurried
 from shardwise.errors import CommError
 
 NAME, SHM = "shardwise", "shm"
 REMEMBERED = 64
-IN_ONE = ("send", "recv", "reduce_scatter")  # what gloo must be waited for in one piece
+UNHURRIED = (
+    "send",
+    "recv",
+    "reduce_scatter",
+)  # of gloo: a wait for these must not run out, or does not say how it ended
 REPORT_S = 0.5  # how long a failed rank waits for the others to report, to say who did not
 
 
@@ -234,8 +239,10 @@ class Group(dist.ProcessGroup):
             device = flat[0].device.type if flat else next(iter(self._inners))
             inner = self._inner_for(device)
             try:
-                in_one = op in IN_ONE and device == "cpu" and not isinstance(inner, Shm)
-                return GuardedWork(self, tag, call(inner), tensors, on_stream=device != "cpu", in_one=in_one)
+                work = call(inner)
+                if op in UNHURRIED and self._inners[device].name == "gloo":
+                    work = Unhurried(work, flat)
+                return GuardedWork(self, tag, work, tensors, on_stream=device != "cpu")
             except RuntimeError as error:
                 failure = error
         raise self.failed(tag, failure) from None

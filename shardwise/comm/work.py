@@ -62,21 +62,16 @@ class GuardedWork(dist.Work):
     """What `Group` returns for an operation: waits at most the group's limit and raises CommError, never hangs.
 
     `tensors` must live until the operation has ended. `on_stream` is for devices with a queue of their own: there a
-    wait only orders what follows, and the backend's watchdog limits it. `in_one` is for what gloo cannot be asked
-    about in slices: a wait for a message that runs out of time closes the connection, and a reduce-scatter does not
-    say that it failed.
+    wait only orders what follows, and the backend's watchdog limits it.
     """
 
-    def __init__(
-        self, group: Group, tag: Tag, inner: Any, tensors: Any, *, on_stream: bool, in_one: bool = False
-    ) -> None:
+    def __init__(self, group: Group, tag: Tag, inner: Any, tensors: Any, *, on_stream: bool) -> None:
         super().__init__()
         self._group = group
         self._tag = tag
         self._inner = inner if inner is not None else _Ordered(tensors)
         self._tensors = tensors
         self._on_stream = on_stream
-        self._in_one = in_one
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         """Block until the operation has ended on this rank. Raises CommError on failure, abort or after the limit."""
@@ -93,8 +88,6 @@ class GuardedWork(dist.Work):
 
     def _wait(self, timeout: timedelta) -> bool:
         limit = timeout.total_seconds() or self._group.timeout_s
-        if self._in_one:
-            return self._wait_in_one(limit)
         deadline = time.monotonic() + limit
         while True:
             slice_s = min(SLICE_S, max(1e-3, deadline - time.monotonic()))
@@ -108,32 +101,6 @@ class GuardedWork(dist.Work):
                     return self._end()
             if time.monotonic() >= deadline:
                 raise self._group.timed_out(self._tag, limit)
-
-    def _wait_in_one(self, limit: float) -> bool:
-        """The main thread waits for another one that does: it must hear Ctrl-C."""
-        failures: list[RuntimeError] = []
-        began = time.monotonic()
-
-        def wait() -> None:
-            try:
-                self._inner.wait(timedelta(seconds=limit))
-            except RuntimeError as error:
-                failures.append(error)
-
-        if threading.current_thread() is threading.main_thread():
-            waiting = threading.Thread(target=wait, daemon=True, name="message")
-            waiting.start()
-            while waiting.is_alive():
-                waiting.join(SLICE_S)
-        else:
-            wait()
-        if not failures:
-            return True
-        if self._group.aborted:
-            raise self._group.aborted_error(self._tag)
-        if time.monotonic() - began >= limit:
-            raise self._group.timed_out(self._tag, limit)
-        raise self._group.failed(self._tag, failures[0]) from None
 
     def _end(self) -> bool:
         """Of an operation that has ended: it may have done so, and well, just after a slice of the wait ran out."""

@@ -328,6 +328,15 @@ def test_a_death_is_an_error_on_every_other_rank_within_seconds(options: dict[st
         assert "rank 1" in text or "rank(s) 1" in text.lower()
 
 
+def go_on(served: ParameterServer, element: Tensor) -> None:
+    """For ever, or until an error."""
+    with served:
+        while True:
+            served.pull()
+            element.grad = torch.ones_like(element)
+            served.push()
+
+
 def server_dies(rank: Rank) -> str:
     group = group_of(rank)
     element = torch.zeros(100)
@@ -342,11 +351,8 @@ def server_dies(rank: Rank) -> str:
     if rank.rank == 2:
         time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGKILL)
-    with pytest.raises(CommError) as caught, served:
-        while True:
-            served.pull()
-            element.grad = torch.ones(100)
-            served.push()
+    with pytest.raises(CommError) as caught:
+        go_on(served, element)
     return str(caught.value)
 
 
@@ -366,11 +372,9 @@ def stuck(rank: Rank) -> tuple[float, str]:
         time.sleep(4)
         return 0.0, ""
     began = time.monotonic()
-    with pytest.raises(CommError) as caught, served:
-        for _ in range(3):
-            element.grad = torch.ones(4)
-            served.push()
-            served.pull()
+    served.push()
+    with pytest.raises(CommError) as caught:
+        go_on(served, element)
     return time.monotonic() - began, str(caught.value)
 
 
@@ -387,14 +391,9 @@ def bad_optimizer(rank: Rank) -> str:
 
     group = group_of(rank)
     element = torch.zeros(4)
-    with pytest.raises((CommError, ZeroDivisionError)) as caught:  # noqa: PT012
-        with ParameterServer(
-            {"x": element}, group, optimizer=lambda p: Wrong(p, lr=1.0), method="stale", servers=(0,)
-        ) as served:
-            while True:
-                served.pull()
-                element.grad = torch.ones(4)
-                served.push()
+    served = ParameterServer({"x": element}, group, optimizer=lambda p: Wrong(p, lr=1.0), method="stale", servers=(0,))
+    with pytest.raises((CommError, ZeroDivisionError)) as caught:
+        go_on(served, element)
     return str(caught.value)
 
 
