@@ -24,10 +24,16 @@ from shardwise.comm.shm_work import ShmFailure
 from shardwise.comm.store import LOOPBACK, first_line
 from shardwise.comm.waits import Waits
 from shardwise.comm.work import GuardedWork, Tag
+from shardwise.comm.worker import Unhurried
 from shardwise.errors import CommError
 
 NAME, SHM = "shardwise", "shm"
 REMEMBERED = 64
+UNHURRIED = (
+    "send",
+    "recv",
+    "reduce_scatter",
+)  # of gloo: a wait for these must not run out, or does not say how it ended
 REPORT_S = 0.5  # how long a failed rank waits for the others to report, to say who did not
 
 
@@ -122,6 +128,11 @@ class Group(dist.ProcessGroup):
     def aborted(self) -> bool:
         return self._why_aborted is not None
 
+    @property
+    def why_aborted(self) -> str:
+        """Why no operation can be started any more; empty while it can."""
+        return self._why_aborted or ""
+
     def abort(self, why: str = "it was aborted on this rank") -> None:
         """Free every caller that waits in this group, on this rank and (their connections end) on the others.
 
@@ -148,7 +159,8 @@ class Group(dist.ProcessGroup):
 
     def failed(self, tag: Tag, error: BaseException) -> CommError:
         """Abort after a failure of the backend, and say which ranks did not report."""
-        self.abort(f"{tag.op} number {tag.sequence} failed")
+        why = str(error) if isinstance(error, ShmFailure) else first_line(error).rstrip(".")
+        self.abort(f"{tag.op} number {tag.sequence}{self._whom(tag)} failed: {why}")
         if isinstance(error, ShmFailure):  # it names the rank, and came at once
             return CommError(f"{self._describe(tag)} failed: {error}. An aborted group is never used again.")
         return CommError(f"{self._describe(tag)} failed: {first_line(error)} {self._blame()}")
@@ -160,9 +172,12 @@ class Group(dist.ProcessGroup):
 
     def _describe(self, tag: Tag) -> str:
         return (
-            f"{tag.op} number {tag.sequence} of group '{self._desc}' "
+            f"{tag.op} number {tag.sequence}{self._whom(tag)} of group '{self._desc}' "
             f"(generation {tag.generation}, step {tag.step}) on rank {self.ranks[self.rank()]}"
         )
+
+    def _whom(self, tag: Tag) -> str:
+        return "" if tag.peer is None else f" {'to' if tag.op == 'send' else 'from'} rank {self.ranks[tag.peer]}"
 
     def _report(self, why: str) -> None:
         self._store.set(f"failed/{self.rank()}", why)
@@ -209,12 +224,13 @@ class Group(dist.ProcessGroup):
                 return shared
         return torch.zeros(numel, dtype=dtype, device=device)
 
-    def _run(self, op: str, tensors: Any, call: Callable[[Any], Any]) -> GuardedWork:
-        """Issue one operation: `call(backend)` returns the backend's work. `tensors` are what it sends or receives."""
+    def _run(self, op: str, tensors: Any, call: Callable[[Any], Any], peer: int | None = None) -> GuardedWork:
+        """Issue one operation: `call(backend)` returns the backend's work. `tensors` are what it sends or receives,
+        `peer` is whom a message goes to or comes from."""
         flat = _flat(tensors)
         with self._lock:
             self._sequence += 1
-            tag = Tag(self.settings.generation, self.step, self._sequence, op)
+            tag = Tag(self.settings.generation, self.step, self._sequence, op, peer)
             if self._why_aborted is not None:
                 raise self.aborted_error(tag)
             self._recent.append(tag)
@@ -223,7 +239,10 @@ class Group(dist.ProcessGroup):
             device = flat[0].device.type if flat else next(iter(self._inners))
             inner = self._inner_for(device)
             try:
-                return GuardedWork(self, tag, call(inner), tensors, on_stream=device != "cpu")
+                work = call(inner)
+                if op in UNHURRIED and self._inners[device].name == "gloo":
+                    work = Unhurried(work, flat)
+                return GuardedWork(self, tag, work, tensors, on_stream=device != "cpu")
             except RuntimeError as error:
                 failure = error
         raise self.failed(tag, failure) from None
@@ -332,10 +351,10 @@ class Group(dist.ProcessGroup):
         return self._run("all_to_all", inputs, lambda inner: inner.alltoall(outputs, inputs, opts))
 
     def send(self, tensors: Any, dst: int, tag: int = 0) -> GuardedWork:
-        return self._run("send", tensors, lambda inner: inner.send(tensors, dst, tag))
+        return self._run("send", tensors, lambda inner: inner.send(tensors, dst, tag), dst)
 
     def recv(self, tensors: Any, src: int, tag: int = 0) -> GuardedWork:
-        return self._run("recv", tensors, lambda inner: inner.recv(tensors, src, tag))
+        return self._run("recv", tensors, lambda inner: inner.recv(tensors, src, tag), src)
 
     def recv_anysource(self, tensors: Any, tag: int = 0) -> GuardedWork:
         return self._run("recv", tensors, lambda inner: inner.recv_anysource(tensors, tag))

@@ -25,6 +25,7 @@ class Tag(NamedTuple):
     step: int
     sequence: int
     op: str
+    peer: int | None = None
 
 
 class _Ordered:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+FOREVER = timedelta(days=365)  # whoever waits for the job has a limit
+
 
 class Job:
     """Something a `Worker` runs. `results` are what `torch.distributed` hands to its caller."""
@@ -61,12 +63,13 @@ class Job:
 class Unhurried:
     """Work of a message over gloo, whose own wait must not run out: then gloo closes all its connections.
 
-    A thread waits for it, from the first time that somebody else does.
+    A thread waits for it, as long as it takes, from the first time that somebody else does. Of a reduce-scatter too,
+    whose work never says that it has ended.
     """
 
     def __init__(self, work: Any, results: list[Any]) -> None:
         self._work = work
-        self._job = Job(lambda: work.wait() and None, results)
+        self._job = Job(lambda: work.wait(FOREVER) and None, results)
         self._begun = threading.Lock()
 
     def wait(self, timeout: timedelta | None = None) -> bool:
