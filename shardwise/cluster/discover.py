@@ -69,9 +69,11 @@ def discover(*, probe: bool = True, starter: Starter | None = None, cache: Path 
 
 
 def host_transport() -> str:
-    """What carries tensors in host memory between the ranks of this host: `shm` or `gloo`."""
+    """What carries tensors in host memory between the ranks of this host: `shm`, `shm-torch` or `gloo`."""
     wanted = os.environ.get(TRANSPORT, "auto")
-    return wanted if wanted in ("shm", "gloo") else "shm" if library() else "gloo"
+    if wanted == "gloo" or sys.platform != "linux":
+        return "gloo"
+    return "shm" if library() and wanted != "shm-torch" else "shm-torch"
 
 
 def usable_cores(root: Path = Path("/")) -> int:

@@ -15,8 +15,9 @@ import torch.distributed.distributed_c10d as dist
 
 from shardwise.comm.hierarchical import connect_hosts
 from shardwise.comm.interfaces import INTERFACES, asked_for
-from shardwise.comm.kernel import TRANSPORT
+from shardwise.comm.kernel import TRANSPORT, TRANSPORTS
 from shardwise.comm.shm_connect import connect_shm
+from shardwise.comm.shm_torch import ShmTorch
 from shardwise.comm.store import host_names
 from shardwise.comm.traffic import TcpSent
 from shardwise.errors import CommError, MissingPackage
@@ -52,13 +53,13 @@ class Membership(NamedTuple):
 
 
 def host_memory(who: Membership) -> Inner:
-    """`shm` where all ranks share a host and the compiled kernel is there, both for ranks on several hosts, else gloo.
+    """`shm` where all ranks share a host, both for ranks on several hosts, else gloo.
 
     `SHARDWISE_TRANSPORT` decides otherwise. Raises CommError where it asks for shm and there is none.
     """
     wanted = os.environ.get(TRANSPORT, "auto")
-    if wanted not in ("auto", "shm", "gloo"):
-        raise CommError(f"{TRANSPORT}={wanted} is none of auto, shm, gloo. Leave it out, or set one of them.")
+    if wanted not in TRANSPORTS:
+        raise CommError(f"{TRANSPORT}={wanted} is none of {', '.join(TRANSPORTS)}. Leave it out, or set one of them.")
     if wanted != "auto":
         return gloo(who) if wanted == "gloo" else shm(who)
     try:
@@ -70,18 +71,23 @@ def host_memory(who: Membership) -> Inner:
 
 
 def shm(who: Membership, otherwise: Callable[[Membership], Inner] | None = None) -> Inner:
-    """Shared memory between the ranks of one host; where they cannot have it `otherwise`, or a CommError."""
+    """Shared memory between the ranks of one host; where they cannot have it `otherwise`, or a CommError.
+
+    With `SHARDWISE_TRANSPORT=shm-torch`, or where one of them has no compiled kernel, all take the path in torch.
+    """
+    compiled = os.environ.get(TRANSPORT) != "shm-torch"
     try:
-        made = connect_shm(who.store, who.rank, who.ranks)
+        made = connect_shm(who.store, who.rank, who.ranks, compiled=compiled)
     except RuntimeError as error:
         raise _unreachable(who, error) from None
     if made is not None:
-        return Inner(made, made.abort, made.leave, "shm", lambda: 0)
+        name = "shm-torch" if isinstance(made, ShmTorch) else "shm"
+        return Inner(made, made.abort, made.leave, name, lambda: 0)
     if otherwise is not None:
         return otherwise(who)
     raise CommError(
-        "these ranks cannot share memory: they run on different hosts, or as different users, or the package was built "
-        f"without a C compiler. Set {TRANSPORT}=gloo, or install a C compiler and shardwise again."
+        "these ranks cannot share memory: they run on different hosts, or as different users, or one may not look "
+        f"into another's /proc. Set {TRANSPORT}=gloo."
     )
 
 

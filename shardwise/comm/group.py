@@ -111,7 +111,7 @@ class Group(dist.ProcessGroup):
 
     @property
     def transport(self) -> str:
-        """What moves tensors of this mesh's device: `shm`, `gloo`, `nccl`."""
+        """What moves tensors of this mesh's device: `shm`, `shm-torch`, `gloo`, `nccl`."""
         return self._inners[self.settings.devices[-1]].name
 
     def sent(self) -> int | None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 NAME = "_shm"
-TRANSPORT = "SHARDWISE_TRANSPORT"  # auto, shm or gloo: what carries host memory between ranks
+TRANSPORT = "SHARDWISE_TRANSPORT"  # what carries host memory between ranks: one of
+TRANSPORTS = ("auto", "shm", "shm-torch", "gloo")  # shm-torch: shared memory without the compiled kernel
 
 
 class Kind(enum.IntEnum):

@@ -60,7 +60,7 @@ def described(group: Any) -> dict[str, Any]:
     `sent` of an operation is an estimate (`least_sent`), 0 over shared memory; `counted` is what the kernel sent on the
     group's connections in all, None where nobody counts.
     """
-    ranks, over_wire = group.size(), group.transport != "shm"
+    ranks, over_wire = group.size(), group.transport not in ("shm", "shm-torch")
     operations = {
         name: {"messages": messages, "bytes": moved, "sent": least_sent(name, moved, ranks) if over_wire else 0}
         for name, (messages, moved) in sorted(group.wire.items())

@@ -116,7 +116,7 @@ def exchanged_lines(exchanged: Sequence[Exchanged], axes: Sequence[Axis]) -> lis
 
 
 def _wire_text(estimate: int, backend: str, counted: int | None) -> str:
-    if backend == "shm":
+    if backend in ("shm", "shm-torch"):
         return "shared memory, nothing sent"
     if counted is None:
         return f"about {format_bytes(estimate)} sent (estimate)"

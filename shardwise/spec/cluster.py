@@ -61,6 +61,7 @@ class Transport(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 # Rough, for where nothing was measured; the costs are those of `bench buckets` on two ranks that fill two cores.
 TRANSPORTS = {
     "shm": Transport(link=Link(latency_s=20e-6, bandwidth=10e9), wake_s=0.2e-3, work_bandwidth=12e9),
+    "shm-torch": Transport(link=Link(latency_s=0.1e-3, bandwidth=5e9), wake_s=0.5e-3, work_bandwidth=6e9),
     "gloo": Transport(link=Link(latency_s=0.3e-3, bandwidth=0.9e9), wake_s=1.5e-3, work_bandwidth=1.2e9),  # loopback
     "nccl": Transport(link=Link(latency_s=20e-6, bandwidth=20e9), wake_s=0.0, work_bandwidth=1e15),  # PCIe 4.0 x16
 }

@@ -192,9 +192,15 @@ def test_a_kept_measurement_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     ("kernel", "asked", "backend"),
-    [(None, "auto", "gloo"), (Path("_shm.so"), "auto", "shm"), (Path("_shm.so"), "gloo", "gloo")],
+    [
+        (None, "auto", "shm-torch"),
+        (None, "shm", "shm-torch"),
+        (Path("_shm.so"), "auto", "shm"),
+        (Path("_shm.so"), "gloo", "gloo"),
+        (Path("_shm.so"), "shm-torch", "shm-torch"),
+    ],
 )
-def test_ranks_without_the_compiled_kernel_are_expected_to_talk_over_gloo(
+def test_the_link_of_ranks_is_that_of_the_transport_that_they_will_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: Path | None, asked: str, backend: str
 ) -> None:
     monkeypatch.setenv("SHARDWISE_TRANSPORT", asked)
