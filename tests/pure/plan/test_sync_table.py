@@ -1,6 +1,6 @@
 """Which synchronisation goes with what: the table is on its page, and what is not in it is refused.
 
-`python -m tests.pure.plan.test_synchronisations` writes the table into the page.
+`python -m tests.pure.plan.test_sync_table` writes the table into the page.
 """
 
 from __future__ import annotations
