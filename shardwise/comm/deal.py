@@ -69,10 +69,14 @@ def report(state: Dealing, said: Report, start: int) -> Dealing:
 
 
 class Hands:
-    """The samples of every clock in contiguous runs, one a worker, as the deals say: alike wherever it is computed."""
+    """The samples of every clock in contiguous runs, one a worker, as the deals say: alike wherever it is computed.
 
-    def __init__(self, global_batch: int, deals: Sequence[Deal]) -> None:
+    Everybody gets at least `least`.
+    """
+
+    def __init__(self, global_batch: int, deals: Sequence[Deal], least: int = 0) -> None:
         self._batch = global_batch
+        self._least = least
         self._deals = list(deals)
         self._at = (deals[0].start, 0, [0.0] * len(deals[0].shares))  # the next clock, its deal, what is owed to each
 
@@ -90,22 +94,22 @@ class Hands:
             at, number, owed = self._at
             while number + 1 < len(self._deals) and self._deals[number + 1].start <= at:
                 number, owed = number + 1, [0.0] * len(owed)
-            sizes, owed = _sizes(self._batch, self._deals[number].shares, owed)
+            sizes, owed = _sizes(self._batch, self._deals[number].shares, owed, self._least)
             self._at = (at + 1, number, owed)
             if at == clock:
                 ends = list(itertools.accumulate(sizes))
                 return [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
-def _sizes(batch: int, shares: Sequence[float], owed: Sequence[float]) -> tuple[list[int], list[float]]:
+def _sizes(batch: int, shares: Sequence[float], owed: Sequence[float], least: int) -> tuple[list[int], list[float]]:
     """Whole samples for each worker; what rounding kept from one is owed to it in the next clock."""
     due = [o + batch * share for o, share in zip(owed, shares, strict=True)]
-    sizes = [max(0, int(d)) for d in due]
+    sizes = [max(least, int(d)) for d in due]
     for _ in range(abs(batch - sum(sizes))):
         missing = [d - size for d, size in zip(due, sizes, strict=True)]
         if sum(sizes) < batch:
             sizes[missing.index(max(missing))] += 1
         else:
-            able = [m if size else float("inf") for m, size in zip(missing, sizes, strict=True)]
+            able = [m if size > least else float("inf") for m, size in zip(missing, sizes, strict=True)]
             sizes[able.index(min(able))] -= 1
-    return sizes, [d - size for d, size in zip(due, sizes, strict=True)]
+    return sizes, [max(-2.0, min(2.0, d - size)) for d, size in zip(due, sizes, strict=True)]

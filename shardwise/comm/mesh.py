@@ -47,12 +47,12 @@ class Mesh:
         place = self.plan.coordinates(self.rank)[name]
         return Axis(name, place, getattr(self.plan, name), self._groups.get(name))
 
-    def second_group(self, name: str) -> Group | None:
+    def second_group(self, name: str, purpose: str = "statistics") -> Group | None:
         """A further group over the ranks of an axis, with an order of its own; every rank of the mesh must call it."""
         lines = _lines(self.plan, name)
         if len(lines[0]) == 1:
             return None
-        made = _make_groups(lines, self.rank, f"{name} statistics", self._groups[name].settings)
+        made = _make_groups(lines, self.rank, f"{name} {purpose}", self._groups[name].settings)
         self._extra.append(made)
         return made
 

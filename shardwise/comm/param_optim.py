@@ -89,6 +89,11 @@ class Rebased:
 
         return undo
 
+    def drop(self) -> None:
+        """The whole parameters again, without any state: that of other servers cannot be had."""
+        for optimizer, groups in zip(self.optimizers, self._whole, strict=True):
+            _set(optimizer, {}, groups)
+
     def _gathered(self, number: int, flats: Flats, server: int | None, group: Group) -> dict[Any, dict[str, Any]]:
         """The state of one optimizer, whole, by whole parameter."""
         optimizer = self.optimizers[number]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shardwise.comm.param_serve import Server, Wanted, pick_rows, send_wanted
-from shardwise.comm.param_store import Gradients, Push, Store
+from shardwise.comm.param_store import NOTHING, Gradients, Push, Store
 from shardwise.comm.param_wire import (
     ANSWER,
     ANSWERED,
@@ -57,6 +57,9 @@ class Peer(Protocol):
 
     def end(self, said: Push, rows: Sequence[Rows]) -> None:
         """The gradient is whole. Returns once all of it has left."""
+
+    def nothing(self, clock: int) -> None:
+        """This worker has no gradient of a clock, and is not late."""
 
     def skip(self, clock: int) -> None:
         """This worker gives a clock up."""
@@ -111,6 +114,9 @@ class Here:
                 mine.append((at, values))
         gradients, self._gradients = self._gradients, None
         self._server.push(self._me, self._clock, said, gradients)
+
+    def nothing(self, clock: int) -> None:
+        self._server.push(self._me, clock, NOTHING, self._server.spare())
 
     def skip(self, clock: int) -> None:
         self._server.skip(self._me, clock)
@@ -169,6 +175,9 @@ class There:
         sent, self._sent = self._sent, []
         for each in sent:
             each.work.wait()
+
+    def nothing(self, clock: int) -> None:
+        self._tell(Request(Kind.NOTHING, clock))
 
     def skip(self, clock: int) -> None:
         self._tell(Request(Kind.SKIP, clock))

@@ -12,7 +12,7 @@ from torch import Tensor
 from shardwise.comm import clocks, deal
 from shardwise.comm.clocks import Rule
 from shardwise.comm.group import Group
-from shardwise.comm.param_store import Gradients, Push, Store
+from shardwise.comm.param_store import NOTHING, Gradients, Push, Store
 from shardwise.comm.param_wire import (
     ANSWER,
     ANSWERED,
@@ -177,6 +177,8 @@ class Server:
                 line.send(pack_answer(self.start(worker, request)), ANSWER).work.wait()
             case Kind.COUNT:
                 line.send(pack_answer(self.count(worker, request.clock)), ANSWER).work.wait()
+            case Kind.NOTHING:
+                self.push(worker, request.clock, NOTHING, self.spare())
             case Kind.SKIP:
                 self.skip(worker, request.clock)
             case Kind.PULL:

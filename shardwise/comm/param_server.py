@@ -31,9 +31,9 @@ from shardwise.comm.param_serve import Server
 from shardwise.comm.param_store import Optimize, Push, Store
 from shardwise.comm.param_wire import Line, Total
 from shardwise.comm.param_worker import Worker
-from shardwise.errors import SpecError
+from shardwise.errors import SpecError, did_you_mean
 
-Method = Literal["sync", "async", "stale"]
+METHODS = ("sync", "async", "stale")
 
 
 class Terms(NamedTuple):
@@ -42,7 +42,7 @@ class Terms(NamedTuple):
     `ahead`: where above 0, samples are dealt anew when workers' speeds differ, from so many clocks later on.
     """
 
-    method: Method = "sync"
+    method: str = "sync"
     bound: int = 0
     backup: int = 0
     servers: tuple[int, ...] = ()
@@ -52,6 +52,8 @@ class Terms(NamedTuple):
     def settled(self, size: int) -> Terms:
         """With everybody a server and a worker where nobody is named. Raises SpecError for what cannot be."""
         servers, workers = self.servers or tuple(range(size)), self.workers or tuple(range(size))
+        if self.method not in METHODS:
+            raise SpecError(f"method='{self.method}'{did_you_mean(self.method, METHODS)}")
         known = set(range(size))
         if len(set(servers)) < len(servers) or len(set(workers)) < len(workers) or not {*servers, *workers} <= known:
             raise SpecError(f"servers={servers} and workers={workers} must be different places of a group of {size}.")
@@ -157,7 +159,7 @@ class ParameterServer:
         group: Group,
         *,
         optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
-        method: Method = "sync",
+        method: Literal["sync", "async", "stale"] = "sync",
         bound: int = 0,
         backup: int = 0,
         servers: Sequence[int] = (),

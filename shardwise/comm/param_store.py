@@ -43,6 +43,9 @@ class Push(NamedTuple):
     used: tuple[bool, ...]
 
 
+NOTHING = Push(0.0, 0.0, 1.0, 0.0, ())
+
+
 class Gradients:
     """The pieces of one gradient, or of a sum of several, that belong to one server.
 

@@ -5,7 +5,7 @@ START  clock, samples, seconds, seen                      answer
 PULL   the same, bound, then one line a table             answer, then pieces and rows that have changed
 COUNT  clock                                              answer: late when the gradient comes too late
 PUSH   clock, then pieces, said, rows of each table
-SKIP   clock
+NOTHING, SKIP   clock
 BYE
 """
 
@@ -36,8 +36,9 @@ class Kind(enum.IntEnum):
     PULL = 1
     COUNT = 2
     PUSH = 3
-    SKIP = 4
-    BYE = 5
+    NOTHING = 4
+    SKIP = 5
+    BYE = 6
 
 
 class Request(NamedTuple):

@@ -32,6 +32,7 @@ class Worker:
         self._backup = backup
         self._versions = [0] * len(peers)
         self._known = [[0] * len(flats.tables) for _ in peers]
+        self._first = clock
         self._samples = 0
         self._began = 0.0  # when the last clock was let start
         self._busy = 0.0  # seconds from then until this worker asked for the next
@@ -41,8 +42,7 @@ class Worker:
 
         `rows`: of these tables only these rows are pulled, else all that have changed.
         """
-        if self._began:
-            self._busy = time.perf_counter() - self._began
+        self._stop_watch()
         if self._backup and self._hear(self._peers[0].start(self._request())).late:
             for peer in self._peers:
                 peer.skip(self.clock)
@@ -55,9 +55,9 @@ class Worker:
 
     def drain(self) -> None:
         """Wait until all gradients of the clocks before the next one are in the parameters, and pull them."""
-        self._busy = time.perf_counter() - self._began if self._began else self._busy
+        self._stop_watch()
         self._pull(self._request()._replace(bound=0), {})
-        self._began = 0.0
+        self._began = self._busy = 0.0
 
     def begin(self) -> None:
         """Pieces of the clock's gradient may be sent, while the others are computed; not with backup workers."""
@@ -85,10 +85,22 @@ class Worker:
         self._samples = samples
         self.clock += 1
 
+    def nothing(self, samples: int) -> None:
+        """The clock has no gradient from this worker."""
+        for peer in self._peers:
+            peer.nothing(self.clock)
+        self._samples = samples
+        self.clock += 1
+
     def leave(self) -> None:
         """Tell the servers that no more comes from here."""
         for peer in self._peers:
             peer.leave()
+
+    def _stop_watch(self) -> None:
+        """A worker's first clock is no measure of its speed."""
+        if self._began and self.clock > self._first + 1:
+            self._busy = time.perf_counter() - self._began
 
     def _pull(self, request: Request, rows: Mapping[str, Tensor]) -> None:
         asked = []

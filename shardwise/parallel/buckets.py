@@ -30,6 +30,7 @@ class Bucket:
     """Parameters of one dtype whose gradients are reduced together; `tail` further elements carry statistics.
 
     `members` are the parameters' numbers in the reducer; `zeros` allocates, where the group reduces without a copy.
+    `placed`: offsets and length, where they are not one after the other.
 
     In exact mode a bucket also holds the finished nodes of the tree over shards, each in a buffer of its own.
     """
@@ -41,6 +42,7 @@ class Bucket:
         tail: int,
         zeros: Zeros,
         like: Tensor | None = None,
+        placed: tuple[Sequence[int], int] | None = None,
     ) -> None:
         self.parameters = list(parameters)
         self.members = list(members)
@@ -49,6 +51,8 @@ class Bucket:
         for parameter in self.parameters:
             self._offsets.append(self._body)
             self._body += math.ceil(parameter.numel() / ALIGN) * ALIGN
+        if placed is not None:
+            self._offsets, self._body = list(placed[0]), placed[1]
         self._tail = tail
         self._zeros = zeros
         self._like = like if like is not None else self.parameters[0].detach()

@@ -59,7 +59,9 @@ class Replica:
         self._guessed = False
         self._norms = norms
         self._buffers = ShardBuffers(module, self.axis) if shards else None
-        self.synchroniser = synchroniser(self._named, mesh, plan.sync, shards=shards, allow=allow)
+        self.synchroniser = synchroniser(
+            self._named, mesh, plan.sync, shards=shards, allow=allow, tables=_sparse_embeddings(module)
+        )
         self._watch: Any = None
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:
@@ -245,6 +247,13 @@ def parallelize(
     return Replica(
         module, plan, mesh, coupled=coupled, shards=logical_shards if plan.exact else None, norms=sync, allow=allow
     )
+
+
+def _sparse_embeddings(module: nn.Module) -> list[str]:
+    """The parameters whose gradients have only the rows that were looked up."""
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    sparse = {id(part.weight) for part in module.modules() if isinstance(part, kinds) and part.sparse}
+    return [name for name, p in module.named_parameters() if id(p) in sparse]
 
 
 def _refuse_combinations(plan: Plan, norms: Sequence[str], batch_norm: str, coupled: str) -> None:

@@ -182,15 +182,25 @@ class Reducer:
         self._names = [name for name, _ in trainable]
         self._parameters = [p for _, p in trainable]
         self._arrivals = None if order is not None else []
-        order = order if order is not None else range(len(trainable))[::-1]
+        self._place = [None] * len(trainable)  # type: ignore[list-item]
+        self._lay_out(order if order is not None else range(len(trainable))[::-1])
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(functools.partial(self._arrived, i))
+            for i, p in enumerate(self._parameters)
+        ]
+        if self._exchange is not None:
+            self._exchange.arrange([bucket.described(self._names) for bucket in self._buckets])
+        self._reset()
+
+    def _lay_out(self, order: Sequence[int]) -> None:
+        """Make the buckets, and say where each parameter's gradient lies in them."""
         ordered = [self._parameters[i] for i in order]
         groups = cut(
             [p.numel() * p.element_size() for p in ordered], [(p.dtype, p.device) for p in ordered], self._bucket_bytes
         )
-        tail = self._slots * COLUMNS + len(trainable)
+        tail = self._slots * COLUMNS + len(ordered)
         zeros = self._axis.group.zeros if self._axis.group is not None else _zeros
         self._buckets = []
-        self._place = [None] * len(trainable)  # type: ignore[list-item]
         for number, members in enumerate(groups):
             carries = number == len(groups) - 1 and ordered[members[0]].dtype in (torch.float32, torch.float64)
             bucket = Bucket([ordered[m] for m in members], [order[m] for m in members], tail if carries else 0, zeros)
@@ -200,13 +210,6 @@ class Reducer:
         if not groups or self._buckets[-1].current.tail.numel() == 0:
             device = self._parameters[0].device if self._parameters else torch.device("cpu")
             self._buckets.append(Bucket([], [], tail, zeros, torch.empty(0, device=device)))
-        self._hooks = [
-            p.register_post_accumulate_grad_hook(functools.partial(self._arrived, i))
-            for i, p in enumerate(self._parameters)
-        ]
-        if self._exchange is not None:
-            self._exchange.arrange([bucket.described(self._names) for bucket in self._buckets])
-        self._reset()
 
     def _reset(self) -> None:
         self._used = [0] * len(self._parameters)

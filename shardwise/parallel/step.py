@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from shardwise.errors import JobError
+from shardwise.errors import JobError, SpecError
 from shardwise.models.inputs import call
 from shardwise.parallel.blame import shapes, user_code
 from shardwise.parallel.clip import Verdict, judge, non_finite
@@ -43,8 +43,9 @@ class StepResult(NamedTuple):
 
     `comm_s` is the exposed communication: the time spent waiting for other ranks, in whatever the step exchanges, not
     what overlapped with the backward pass. With a global weight of 0 nothing was counted: the loss is 0 and the step is
-    `skipped`. Between two synchronisations of local updates
-    loss and norm are this rank's own, and the weight is as if the others had as much.
+    `skipped`. By the clocks of a parameter server loss and weight are those of the newest step that all ranks have
+    finished, and the norm is this rank's own. Between two synchronisations of local updates loss and norm are this
+    rank's own, and the weight is as if the others had as much.
     """
 
     loss: float
@@ -75,6 +76,15 @@ def step(
     state are then as before.
     """
     began = time.perf_counter()
+    if clip_norm is not None and not replica.synchroniser.clips:
+        raise SpecError(
+            f"clip_norm={clip_norm} does not go with the plan's {replica.plan.sync.word} (method "
+            f"{replica.plan.sync.method}): no rank knows the norm of the whole gradient. Leave clip_norm out, or use "
+            "sync=all_reduce."
+        )
+    if not replica.synchroniser.start_step(optimizers):
+        return _left_out(replica, time.perf_counter() - began)
+    started = time.perf_counter()
     scaler = scaler or replica.scaler
     if not replica.module.training:
         replica.module.train()
@@ -100,6 +110,9 @@ def step(
         waited_after = _update(replica, optimizers, verdict.factor, skipped=skipped)
     finally:
         replica.reducer.clear()
+    known = replica.synchroniser.told()
+    if known is not None:
+        totals, weight = known, known.weight
     mean = totals.loss_sum / totals.weight if totals.weight else 0.0
     ended = time.perf_counter()
     result = StepResult(
@@ -107,12 +120,19 @@ def step(
         weight,
         verdict.norm,
         skipped,
-        computed - began - waited,
-        waited + waited_after,
+        computed - started - waited,
+        started - began + waited + waited_after,
         ended - computed - waited_after,
     )
     replica.synchroniser.observe(StepTimes(result.compute_s + result.optimizer_s, result.comm_s), mean)
     return result
+
+
+def _left_out(replica: Replica, waited_s: float) -> StepResult:
+    """The result of a step that the other ranks had ended before this one began it."""
+    totals = replica.synchroniser.told() or Totals(0.0, 0.0, [])
+    mean = totals.loss_sum / totals.weight if totals.weight else 0.0
+    return StepResult(mean, totals.weight, None, True, 0.0, waited_s, 0.0)
 
 
 def _update(replica: Replica, optimizers: Sequence[torch.optim.Optimizer], factor: float, *, skipped: bool) -> float:

@@ -13,6 +13,7 @@ from shardwise.comm.exchange import Exchange
 from shardwise.comm.mesh import Axis
 from shardwise.parallel.alone import Alone
 from shardwise.parallel.reducer import Named, Reducer
+from shardwise.parallel.statistics import Totals
 from shardwise.plan.buckets import usual_bucket_bytes
 from shardwise.spec.sync import Sync
 
@@ -60,8 +61,27 @@ class Synchroniser:
         self._exchange = exchange
         self._reducer: Reducer | Alone = Alone(named)
         if axis.size > 1 or shards:
-            size = sync.bucket_bytes or _bucket_bytes(named(), axis)
+            size = sync.bucket_bytes or chosen_bucket_bytes(named(), axis)
             self._reducer = Reducer(named, axis, bucket_bytes=size, shards=shards, exchange=exchange)
+
+    clips = True  # whether the norm of the whole gradient is known before the update
+    schedules = False  # whether learning rates are set here, by the `schedule` given to `begin`
+
+    def begin(self, step: int, schedule: Callable[[int], object], ahead: int) -> None:
+        """Training begins with `step`; `schedule(step)` sets the optimizers' rates. Batches are made `ahead` steps
+        early at most. Called once, if at all, before the first step."""
+
+    def start_step(self, optimizers: Optimizers) -> bool:
+        """Be ready for the gradients of a step; False when the others have ended it already: then it is left out."""
+        return True
+
+    def told(self) -> Totals | None:
+        """The newest totals of all ranks, where the reducer's are this rank's own and others are known."""
+        return None
+
+    def hands(self, global_batch: int, least: int) -> Callable[[int], range] | None:
+        """Which of a step's samples this rank computes, at least so many, where that is not the same in every step."""
+        return None
 
     @property
     def reducer(self) -> Reducer | Alone:
@@ -116,7 +136,7 @@ class Synchroniser:
             self._exchange.close()
 
 
-def _bucket_bytes(named: Named, axis: Axis) -> int:
+def chosen_bucket_bytes(named: Named, axis: Axis) -> int:
     """The size of buckets that the axis's transport usually asks for: alike on all ranks, and in every run."""
     size = sum(parameter.numel() * parameter.element_size() for _, parameter in named if parameter.requires_grad)
     return usual_bucket_bytes(size, axis.size, axis.group.transport if axis.group is not None else "")

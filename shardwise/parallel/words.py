@@ -12,6 +12,7 @@ from shardwise.comm.methods import make_codec, make_sum
 from shardwise.parallel.auto import AutoSync
 from shardwise.parallel.local import LocalUpdates
 from shardwise.parallel.reducer import Named
+from shardwise.parallel.served import ClockedUpdates, ServedUpdates
 from shardwise.parallel.synchronise import Synchroniser
 from shardwise.spec.sync import Sync
 
@@ -19,9 +20,18 @@ CODECS = {16: "bf16", 8: "int8", 4: "int4"}
 
 
 def synchroniser(
-    named: Callable[[], Named], mesh: Mesh, sync: Sync, *, shards: int | None = None, allow: Sequence[str] = ()
+    named: Callable[[], Named],
+    mesh: Mesh,
+    sync: Sync,
+    *,
+    shards: int | None = None,
+    allow: Sequence[str] = (),
+    tables: Sequence[str] = (),
 ) -> Synchroniser:
-    """How this replica agrees with the others. With one rank there is nobody to agree with, whatever the word."""
+    """How this replica agrees with the others. With one rank there is nobody to agree with, whatever the word.
+
+    `tables` are the parameters with sparse gradients.
+    """
     axis = mesh.axis("data")
     if axis.group is None:
         return Synchroniser(named, axis, sync, shards=shards)
@@ -29,6 +39,12 @@ def synchroniser(
         return AutoSync(named, mesh, sync, allow=allow, make=lambda chosen: synchroniser(named, mesh, chosen))
     if sync.word == "local":
         return LocalUpdates(named, axis, sync, _codec(sync))
+    if sync.word == "param_server":
+        if sync.method == "sync" and not sync.backup and not tables:
+            return ServedUpdates(named, axis, sync, axis.group)
+        second = mesh.second_group("data", "parameter server")
+        assert second is not None
+        return ClockedUpdates(named, axis, sync, second, tables=tables)
     return Synchroniser(named, axis, sync, shards=shards, exchange=_exchange(mesh, sync))
 
 

@@ -20,6 +20,7 @@ FEATURES = {
 }
 LOCAL = ("microbatches", "resume", "other_ranks")
 SUMMED = ("microbatches", "own_loop", "resume", "other_ranks")
+CLOCKED = ("microbatches", "resume", "other_ranks")
 SYNCHRONISATIONS: dict[tuple[str, str], tuple[str, ...]] = {
     ("all_reduce", ""): tuple(FEATURES),
     ("auto", ""): LOCAL,
@@ -27,6 +28,10 @@ SYNCHRONISATIONS: dict[tuple[str, str], tuple[str, ...]] = {
     ("compressed", "bf16"): SUMMED,
     ("compressed", "topk"): SUMMED,
     ("compressed", "powersgd"): SUMMED,
+    ("param_server", "sync"): ("microbatches", "float16", "batch_norm", "coupled", "clip", "resume", "other_ranks"),
+    ("param_server", "backup"): CLOCKED,
+    ("param_server", "async"): CLOCKED,
+    ("param_server", "stale"): CLOCKED,
     ("local", "sgd"): LOCAL,
     ("local", "post_local"): LOCAL,
     ("local", "diloco"): LOCAL,
@@ -37,7 +42,7 @@ SYNCHRONISATIONS: dict[tuple[str, str], tuple[str, ...]] = {
 
 def refuse_unshown(plan: Plan) -> None:
     """Raise SpecError for a synchronisation, or a combination of it in the plan, that no test has shown to work."""
-    if (plan.sync.word, plan.sync.method) not in SYNCHRONISATIONS:
+    if _key(plan) not in SYNCHRONISATIONS:
         raise SpecError(f"the plan asks for {_called(plan)}, which this version cannot run yet; use sync=all_reduce.")
     asked = {
         "exact": ("exact=true", plan.exact),
@@ -51,7 +56,7 @@ def refuse_unshown(plan: Plan) -> None:
 
 def refuse_together(plan: Plan, feature: str, said: str) -> None:
     """Raise SpecError unless the plan's synchronisation is shown with one of FEATURES; `said` is how it was asked."""
-    if feature in SYNCHRONISATIONS[plan.sync.word, plan.sync.method]:
+    if feature in SYNCHRONISATIONS[_key(plan)]:
         return
     able = [name(*key) for key, cells in SYNCHRONISATIONS.items() if feature in cells]
     raise SpecError(
@@ -71,8 +76,15 @@ def refuse_unallowed(plan: Plan, allow: Sequence[str]) -> None:
 
 def name(word: str, method: str) -> str:
     """As one writes it in a plan."""
+    if method == "backup":
+        return f"sync={word},sync.backup=1"
     return f"sync={word}" + (f",sync.method={method}" if method else "")
 
 
+def _key(plan: Plan) -> tuple[str, str]:
+    """With backup workers nobody goes in step: that is a method of its own here."""
+    return plan.sync.word, "backup" if plan.sync.backup else plan.sync.method
+
+
 def _called(plan: Plan) -> str:
-    return name(plan.sync.word, plan.sync.method)
+    return name(*_key(plan))
