@@ -67,7 +67,9 @@ def host_memory(who: Membership) -> Inner:
         made = connect_hosts(who, hosts, gloo) if len(set(hosts)) > 1 else None
     except RuntimeError as error:
         raise _unreachable(who, error) from None
-    return shm(who, otherwise=gloo) if made is None else Inner(made, made.abort, made.leave)
+    if made is None:
+        return shm(who, otherwise=gloo)
+    return Inner(made, made.abort, made.leave, "hierarchical", made.sent)
 
 
 def shm(who: Membership, otherwise: Callable[[Membership], Inner] | None = None) -> Inner:

@@ -113,6 +113,11 @@ class Hierarchical:
         self._worker.stop(0)
         self.paths.stop()
 
+    def sent(self) -> int | None:
+        """Bytes that this rank sent to other hosts, over all links."""
+        counts = [link.sent() for link in self._links]
+        return None if None in counts else sum(filter(None, counts))
+
     # Failure.
 
     def abort(self, why: str = "the group was aborted") -> None:

@@ -57,17 +57,18 @@ class TcpSent:
 def described(group: Any) -> dict[str, Any]:
     """What a `Group` exchanged on this rank, as an event tells it.
 
-    `sent` of an operation is an estimate (`least_sent`), 0 over shared memory; `counted` is what the kernel sent on the
-    group's connections in all, None where nobody counts.
+    `sent` of an operation is an estimate (`least_sent`): 0 over shared memory, None where only a part of the bytes
+    leaves the host. `counted` is what the kernel sent on the group's connections, None where nobody counts.
     """
-    ranks, over_wire = group.size(), group.transport not in ("shm", "shm-torch")
+    known = {"shm": lambda *_: 0, "shm-torch": lambda *_: 0, "hierarchical": lambda *_: None}
+    estimate = known.get(group.transport, least_sent)
     operations = {
-        name: {"messages": messages, "bytes": moved, "sent": least_sent(name, moved, ranks) if over_wire else 0}
+        name: {"messages": messages, "bytes": moved, "sent": estimate(name, moved, group.size())}
         for name, (messages, moved) in sorted(group.wire.items())
     }
     return {
         "axis": group.getGroupDesc(),
-        "ranks": ranks,
+        "ranks": group.size(),
         "backend": group.transport,
         "operations": operations,
         "counted": group.sent(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from msgspec import Struct
@@ -26,12 +26,11 @@ class Exchanged(Struct, frozen=True, kw_only=True):
 
 
 class Axis(Struct, frozen=True, kw_only=True):
-    """An axis of the mesh, and what carries its messages; `counted_bytes` were sent by all ranks, where known."""
+    """An axis of the mesh, and what carries its messages."""
 
     name: str
     ranks: int
     backend: str
-    counted_bytes: int | None = None
 
 
 class Exposed(Struct, frozen=True, kw_only=True):
@@ -45,21 +44,21 @@ class Exposed(Struct, frozen=True, kw_only=True):
 def axes_of(found: Sequence[Event]) -> tuple[Axis, ...]:
     """The axes as the mesh was connected last."""
     connected = named(found, "connected")
+    return tuple(
+        Axis(name=word(axis, "axis"), ranks=whole(axis, "ranks") or 0, backend=word(axis, "backend"))
+        for axis in (_mappings(connected[-1].get("axes")) if connected else ())
+    )
+
+
+def counted_of(found: Sequence[Event]) -> dict[str, int]:
+    """Bytes that were sent for each axis over all ranks; without the axes where one did not count."""
     counted: dict[str, int] = {}
     unknown: set[str] = set()
     for group in _groups(found):
-        if whole(group, "counted") is None:
-            unknown.add(word(group, "axis"))
-        counted[word(group, "axis")] = counted.get(word(group, "axis"), 0) + (whole(group, "counted") or 0)
-    return tuple(
-        Axis(
-            name=word(axis, "axis"),
-            ranks=whole(axis, "ranks") or 0,
-            backend=word(axis, "backend"),
-            counted_bytes=None if word(axis, "axis") in unknown else counted.get(word(axis, "axis")),
-        )
-        for axis in (_mappings(connected[-1].get("axes")) if connected else ())
-    )
+        axis, sent = word(group, "axis"), whole(group, "counted")
+        counted[axis] = counted.get(axis, 0) + (sent or 0)
+        unknown |= {axis} if sent is None else set()
+    return {axis: sent for axis, sent in counted.items() if axis not in unknown}
 
 
 def exchanged_of(found: Sequence[Event]) -> tuple[Exchanged, ...]:
@@ -103,9 +102,8 @@ def exposed_text(exposed: Exposed) -> str:
     return f"{format_seconds(exposed.step_s)} a step waiting for other ranks, {share}{expected}"
 
 
-def exchanged_lines(exchanged: Sequence[Exchanged], axes: Sequence[Axis]) -> list[str]:
+def exchanged_lines(exchanged: Sequence[Exchanged], counted: Mapping[str, int]) -> list[str]:
     """A line for each axis: its operations, the most bytes first, and what of them went over a wire."""
-    counted = {axis.name: axis.counted_bytes for axis in axes}
     lines = []
     for axis, backend in dict.fromkeys((row.axis, row.backend) for row in exchanged):
         rows = [row for row in exchanged if (row.axis, row.backend) == (axis, backend)]
@@ -119,8 +117,8 @@ def _wire_text(estimate: int, backend: str, counted: int | None) -> str:
     if backend in ("shm", "shm-torch"):
         return "shared memory, nothing sent"
     if counted is None:
-        return f"about {format_bytes(estimate)} sent (estimate)"
-    return f"{format_bytes(counted)} sent (counted; estimate {format_bytes(estimate)})"
+        return f"about {format_bytes(estimate)} sent (estimate)" if estimate else "nobody counted what was sent"
+    return f"{format_bytes(counted)} sent (counted{f'; estimate {format_bytes(estimate)}' if estimate else ''})"
 
 
 def _groups(found: Sequence[Event]) -> list[dict[str, Any]]:

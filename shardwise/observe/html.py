@@ -99,12 +99,8 @@ def exchanged_table(summary: Summary) -> str:
         )
         for one in summary.exchanged
     ]
-    rows += [
-        (axis.name, axis.backend, "all, counted", "", "", format_bytes(axis.counted_bytes))
-        for axis in summary.axes
-        if rows and axis.counted_bytes is not None
-    ]
-    head = ("axis", "backend", "operation", "calls", "bytes handed over", "sent to other hosts or processes (estimate)")
+    rows += [(axis, "", "all, counted", "", "", format_bytes(sent)) for axis, sent in summary.counted_bytes.items()]
+    head = ("axis", "backend", "operation", "calls", "bytes handed over", "sent (estimate)")
     return table(rows, head=head)
 
 

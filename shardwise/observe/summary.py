@@ -14,7 +14,7 @@ from msgspec import Struct
 from shardwise.errors import SpecError
 from shardwise.events import Event
 from shardwise.observe import history, runs
-from shardwise.observe.exchanged import Axis, Exchanged, Exposed, axes_of, exchanged_of, exposed_of
+from shardwise.observe.exchanged import Axis, Exchanged, Exposed, axes_of, counted_of, exchanged_of, exposed_of
 from shardwise.observe.history import amount, committed, finite, named, number, printable, whole, word
 from shardwise.spec.cluster import Cluster
 from shardwise.spec.files import load
@@ -103,6 +103,7 @@ class Summary(Struct, frozen=True, kw_only=True):
     axes: tuple[Axis, ...]
     exposed: Exposed | None
     exchanged: tuple[Exchanged, ...]
+    counted_bytes: dict[str, int]
     checkpoints: tuple[Checkpoint, ...]
     resumed: tuple[str, ...]
     skipped: int
@@ -180,6 +181,7 @@ def summarise(
         axes=axes_of(found),
         exposed=exposed_of(steps, predicted, ranks),
         exchanged=exchanged_of(found),
+        counted_bytes=counted_of(found),
         checkpoints=_checkpoints(run, found),
         resumed=tuple(_resumed(event) for event in named(found, "resumed")),
         skipped=sum(event.get("skipped") is True for event in steps),

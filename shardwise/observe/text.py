@@ -49,7 +49,7 @@ def outcome_lines(summary: Summary, *, blocks: bool = False) -> list[str]:
             ("rate", rate_text(summary)),
             ("time", shares_text(summary.time)),
             ("exposed", exposed_text(summary.exposed) if summary.exposed else ""),
-            *(("exchanged", text) for text in exchanged_lines(summary.exchanged, summary.axes)),
+            *(("exchanged", text) for text in exchanged_lines(summary.exchanged, summary.counted_bytes)),
             ("memory", f"peak of {memory}" if memory else ""),
             ("checkpoint", checkpoint_text(summary)),
             (

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardwise.observe.exchanged import axes_of, exchanged_of, exposed_of
+from shardwise.observe.exchanged import counted_of, exchanged_of, exposed_of
 from shardwise.observe.report import report_html
 from shardwise.observe.summary import Summary, summarise
 from shardwise.observe.text import summary_text
@@ -42,7 +42,9 @@ def test_operations_are_summed_over_ranks_and_over_starts() -> None:
     told.tell("wire", rank=0, groups=[group(all_reduce=1024)])  # after a resumption
     rows = {row.operation: (row.messages, row.num_bytes, row.sent_bytes) for row in exchanged_of(told.events)}
     assert rows == {"all_reduce": (6, 5120, 2560), "broadcast": (4, 8192, 4096)}
-    assert axes_of(told.events)[0].counted_bytes == 2700
+    assert counted_of(told.events) == {"data": 2700}
+    told.tell("wire", rank=1, groups=[group(counted=None)])
+    assert counted_of(told.events) == {}, "a rank that did not count leaves no sum"
 
 
 def test_show_tells_what_carried_each_axis_and_what_went_over_it() -> None:
@@ -54,6 +56,10 @@ def test_show_tells_what_carried_each_axis_and_what_went_over_it() -> None:
     )
     assert "shared memory, nothing sent" in summary_text(summary(story("shm", counted=0)))
     assert "about 6.0 KiB sent (estimate)" in summary_text(summary(story("nccl", counted=None)))
+    several_hosts = group(backend="hierarchical", counted=5120, all_reduce=2048)
+    several_hosts["operations"]["all_reduce"]["sent"] = None
+    told = Story().start().tell("wire", rank=0, groups=[several_hosts])
+    assert "all_reduce 2 x, 2.0 KiB; 5.0 KiB sent (counted)" in summary_text(summary(told))
 
 
 def test_exposed_communication_is_told_a_step_as_a_share_and_beside_the_predicted_one() -> None:
