@@ -20,7 +20,8 @@ def command(link: Link, cores: Sequence[int], module: str) -> list[str]:
     """What starts the ranks `python -m module`, each pinned to a core."""
     prefixes = [link.inside(end, cores[end % len(cores)]) for end in range(len(ENDS))]
     said = json.dumps({"prefixes": prefixes, "command": [sys.executable, "-m", module]})
-    return [sys.executable, "-m", "bench.apart", said]
+    # Inside too, although nothing is sent from here: the link's janitor ends what is inside, even if it was stopped.
+    return [*link.inside(0), sys.executable, "-m", "bench.apart", said]
 
 
 def environment(link: Link, port: int) -> dict[str, str]:

@@ -215,6 +215,8 @@ def _dismiss(process: subprocess.Popen[bytes]) -> None:
     finally:
         process.kill()
         process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 if __name__ == "__main__":
