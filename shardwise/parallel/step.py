@@ -76,12 +76,7 @@ def step(
     state are then as before.
     """
     began = time.perf_counter()
-    if clip_norm is not None and not replica.synchroniser.clips:
-        raise SpecError(
-            f"clip_norm={clip_norm} does not go with the plan's {replica.plan.sync.word} (method "
-            f"{replica.plan.sync.method}): no rank knows the norm of the whole gradient. Leave clip_norm out, or use "
-            "sync=all_reduce."
-        )
+    _refuse_clipping(replica, clip_norm)
     if not replica.synchroniser.start_step(optimizers):
         return _left_out(replica, time.perf_counter() - began)
     started = time.perf_counter()
@@ -92,16 +87,8 @@ def step(
     before = [buffer.clone() for buffer in buffers]  # a batch that is skipped must leave no trace in running statistics
     try:
         totals, waited = _gradients(replica, micro, loss, forward, scaler)
-        raw_norm = replica.reducer.norm()
+        verdict = _judged(replica, totals, clip_norm, scaler)
         computed = time.perf_counter()
-        verdict = judge(
-            totals,
-            raw_norm,
-            guess=replica.divisor,
-            loss_scale=scaler.scale if scaler else 1.0,
-            clip_norm=clip_norm,
-            unit="shard" if replica.shards else "rank",
-        )
         skipped = _skips(verdict, totals, on_nan, scaler)
         weight = replica.weigh(totals)
         if skipped:
@@ -113,7 +100,7 @@ def step(
     known = replica.synchroniser.told()
     if known is not None:
         totals, weight = known, known.weight
-    mean = totals.loss_sum / totals.weight if totals.weight else 0.0
+    mean = _mean(totals)
     ended = time.perf_counter()
     result = StepResult(
         mean,
@@ -128,11 +115,34 @@ def step(
     return result
 
 
+def _judged(replica: Replica, totals: Totals, clip_norm: float | None, scaler: LossScaler | None) -> Verdict:
+    return judge(
+        totals,
+        replica.reducer.norm(),
+        guess=replica.divisor,
+        loss_scale=scaler.scale if scaler else 1.0,
+        clip_norm=clip_norm,
+        unit="shard" if replica.shards else "rank",
+    )
+
+
+def _mean(totals: Totals) -> float:
+    return totals.loss_sum / totals.weight if totals.weight else 0.0
+
+
+def _refuse_clipping(replica: Replica, clip_norm: float | None) -> None:
+    if clip_norm is not None and not replica.synchroniser.clips:
+        raise SpecError(
+            f"clip_norm={clip_norm} does not go with the plan's {replica.plan.sync.word} (method "
+            f"{replica.plan.sync.method}): no rank knows the norm of the whole gradient. Leave clip_norm out, or use "
+            "sync=all_reduce."
+        )
+
+
 def _left_out(replica: Replica, waited_s: float) -> StepResult:
     """The result of a step that the other ranks had ended before this one began it."""
     totals = replica.synchroniser.told() or Totals(0.0, 0.0, [])
-    mean = totals.loss_sum / totals.weight if totals.weight else 0.0
-    return StepResult(mean, totals.weight, None, True, 0.0, waited_s, 0.0)
+    return StepResult(_mean(totals), totals.weight, None, True, 0.0, waited_s, 0.0)
 
 
 def _update(replica: Replica, optimizers: Sequence[torch.optim.Optimizer], factor: float, *, skipped: bool) -> float:
