@@ -136,6 +136,7 @@ class Hierarchical:
             self._inside.leave()
         for link in self._links:
             link.leave()
+        self._worker.join(LEAVE_S)  # a thread in the middle of a wait must not see the interpreter end
 
     # Reductions.
 

@@ -19,7 +19,6 @@ from shardwise.spec.collective_cost import Path, Share, shape, split
 PROBE_S = 0.15  # what the probe of all links together takes, about
 PROBED_BYTES = (1 << 16, 1 << 18, 1 << 20, 1 << 22)
 ENOUGH_S = 0.01  # a transfer that takes so much longer than a small one tells the bandwidth
-FAR_S = 0.003  # messages that take longer are not measured twice
 MESSAGE_S = 30e-6  # what a message keeps its ends busy, where the link is too long to tell
 EVERY = 32  # transfers between two looks at how long they took; the first looks come sooner
 PIECES = ("all_gather", "reduce_scatter")  # whose tensors hold a piece for each member
@@ -157,13 +156,16 @@ def _probe(wire: Wire, members: tuple[int, ...], place: int, budget_s: float) ->
     left: list[float] = []
     timed(8)
     small = timed(8)
+    for _ in range(3):
+        if left[-1] > 10 * small:
+            small = min(small, timed(8))
     message = MESSAGE_S
-    if small < FAR_S:
-        small = min(small, *(timed(8) for _ in range(3)))
+    if left[-1] > 20 * small:
         message = max(1e-6, (timed(8, 9) - small) / 8)
     before, bandwidth = (0, 0.0), 1e6
     for nbytes in PROBED_BYTES:
-        seconds = max(timed(nbytes) - small, 1e-6)
+        whole = timed(nbytes)
+        seconds = max(whole - small, whole / 4)  # a small message that was held up says little
         gained = seconds - before[1]
         bandwidth = (nbytes - before[0]) / gained if gained > seconds / 4 else nbytes / seconds
         before = nbytes, seconds

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
+import queue
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -20,7 +20,9 @@ class Job:
     def __init__(self, call: Callable[[], None], results: list[Any]) -> None:
         self._call: Callable[[], None] | None = call
         self._results = results
-        self._ended = threading.Event()
+        self._ended = threading.Lock()  # held until it has ended: this wakes a waiter with one call of the system
+        self._ended.acquire()
+        self._done = False
         self._failure: Exception | None = None
 
     def run(self, failure: Exception | None) -> Exception | None:
@@ -33,22 +35,24 @@ class Job:
         except Exception as error:  # it belongs to whoever waits
             self._failure = error
         self._call = None  # and with it the tensors
-        self._ended.set()
+        self._done = True
+        self._ended.release()
         return self._failure
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Block until it has ended. Raises what it raised, RuntimeError after `timeout`."""
-        if not self._ended.wait(timeout.total_seconds() if timeout else None):
+        if not self._ended.acquire(timeout=timeout.total_seconds() if timeout else -1):
             raise RuntimeError("the operation has not ended")
+        self._ended.release()
         if self._failure is not None:
             raise self._failure
         return True
 
     def is_completed(self) -> bool:
-        return self._ended.is_set()
+        return self._done
 
     def is_success(self) -> bool:
-        return self._ended.is_set() and self._failure is None
+        return self.is_completed() and self._failure is None
 
     def exception(self) -> Exception | None:
         return self._failure
@@ -105,22 +109,22 @@ class Worker:
     """
 
     def __init__(self, name: str, failed: Callable[[Exception], None] = lambda error: None) -> None:
-        self._jobs: collections.deque[Job | None] = collections.deque()
-        self._given = threading.Semaphore(0)
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._failed = failed
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, call: Callable[[], None], results: list[Any] | None = None) -> Job:
         job = Job(call, results or [])
-        self._jobs.append(job)
-        self._given.release()
+        self._jobs.put(job)
         return job
 
     def stop(self, limit_s: float) -> None:
         """End the thread after what it was given so far; wait at most `limit_s` seconds for that."""
-        self._jobs.append(None)
-        self._given.release()
+        self._jobs.put(None)
+        self.join(limit_s)
+
+    def join(self, limit_s: float) -> None:
         if threading.current_thread() is not self._thread:
             self._thread.join(limit_s)
 
@@ -128,8 +132,7 @@ class Worker:
         failure: Exception | None = None
         with torch.inference_mode():  # there tensors of either mode may be written to
             while True:
-                self._given.acquire()
-                job = self._jobs.popleft()
+                job = self._jobs.get()
                 if job is None:
                     return
                 had, failure = failure, job.run(failure)

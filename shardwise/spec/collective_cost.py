@@ -15,6 +15,7 @@ from shardwise.errors import SpecError, did_you_mean
 from shardwise.spec.cluster import Link
 
 SEGMENTS = (1, 2, 4, 8, 16, 32, 64)
+NEARLY = 1.02  # fewer segments are preferred up to here: busy processors dislike many messages
 ALIGNED = 64  # bytes: shares begin at multiples of it
 SMALLEST_SEGMENT = 256 << 10  # bytes of a message below which cutting it further gains nothing
 
@@ -269,10 +270,11 @@ def _path(path: Path | Link) -> Path:
 
 
 def _segments(about: Shape, nbytes: float, path: Path) -> int:
-    """The number of segments that costs least; the largest message of a round stays above SMALLEST_SEGMENT."""
+    """The smallest number of segments that costs nearly the least, with messages of SMALLEST_SEGMENT or more."""
     largest = nbytes * about.bytes / max(1, about.messages)
     allowed = [count for count in SEGMENTS if count == 1 or largest / count >= SMALLEST_SEGMENT]
-    return min(allowed, key=lambda count: about.seconds(nbytes, path, count))
+    costs = [about.seconds(nbytes, path, count) for count in allowed]
+    return next(count for count, cost in zip(allowed, costs, strict=True) if cost <= NEARLY * min(costs))
 
 
 def _level(about: Shape, nbytes: int, paths: Sequence[Path]) -> list[tuple[int, int]]:
