@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ from shardwise.plan.cost import bucket_bytes
 from shardwise.spec import files
 from shardwise.spec.cluster import Cluster, Device
 from shardwise.spec.plan import Plan
-from shardwise.train import start
+from shardwise.spec.profile import ModelProfile
+from shardwise.train import context, start
 from shardwise.train.calibrate import Calibrated, calibrate
 from tests.cpu.train.conftest import Shared
 
 Train = Callable[..., Any]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -63,10 +66,8 @@ def test_what_is_measured_is_saved_and_found_again_by_plans_and_runs(here: Path,
     run = trained(plan="data=2", steps=4)
     plan = files.load(run.path / "plan.json", Plan)
     assert files.load(run.path / "cluster.json", Cluster).calibrations == found.cluster.calibrations
-    parameters = sum(
-        block["parameter_bytes"] for block in json.loads((run.path / "profile.json").read_text())["blocks"]
-    )
-    assert plan.sync.bucket_bytes == bucket_bytes(parameters, again, 2) > 0
+    profile = files.load(run.path / "profile.json", ModelProfile)
+    assert plan.sync.bucket_bytes == bucket_bytes(profile.parameter_bytes, again, 2) > 0
     by_file = trained(plan="data=2", steps=4, cluster=here / "two.json")
     assert files.load(by_file.path / "plan.json", Plan).sync == plan.sync
 
@@ -92,6 +93,19 @@ def test_one_rank_and_an_unknown_place_are_refused(here: Path, monkeypatch: pyte
         calibrate(on="mars")  # type: ignore[arg-type]
     for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(context, "_current", None)
+    with pytest.raises(SpecError, match=r"1 rank\(s\) were started.*torchrun"):
+        calibrate(on="env")
+
+
+@pytest.mark.slow
+def test_ranks_of_another_launcher_measure_each_other(here: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "shardwise", "cluster", "calibrate", "--on", "env", "--out", str(here / "env.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("measured    2 ranks on 1 host") == 1, "one rank speaks"
+    assert_measured(files.load(here / "env.json", Cluster), 2)
 
 
 def test_a_cluster_file_larger_than_this_machine_does_not_start_ranks_here(here: Path, trained: Train) -> None:
@@ -121,9 +135,7 @@ def test_a_run_records_what_its_axes_used_and_exchanged(
     if transport == "shm":
         assert (sent, found.counted_bytes) == (0, {"data": 0})
     else:
-        assert 0.9 * sent < found.counted_bytes["data"] < 3 * sent + 100_000, (
-            "gloo's own words are many beside so little"
-        )
+        assert 0.9 * sent < found.counted_bytes["data"] < 3 * sent + 100_000, "gloo's own words are many here"
     text = summary_text(found)
     assert f"mesh        data: 2 ranks over {transport}\n" in text
     assert found.exposed is not None
