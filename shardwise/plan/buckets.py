@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 from shardwise.spec.cluster import TRANSPORTS, Link
+from shardwise.spec.collective_cost import seconds
 
 Seconds = Callable[[int], float]  # of an all-reduce of so many bytes
 
@@ -36,8 +36,7 @@ def choose_bucket_bytes(gradient_bytes: int, all_reduce_s: Seconds, work_s: Seco
 def usual_bucket_bytes(gradient_bytes: int, ranks: int, backend: str) -> int:
     """`choose_bucket_bytes` by what `backend` usually reaches (gloo's, where it is not known): alike on all ranks."""
     known = TRANSPORTS.get(backend, TRANSPORTS["gloo"])
-    message_s = functools.partial(ring_s, ranks, known.link)
-    return choose_bucket_bytes(gradient_bytes, message_s, known.work_s)
+    return choose_bucket_bytes(gradient_bytes, ring_seconds(ranks, known.link), known.work_s)
 
 
 def exposed_s(gradient_bytes: int, bucket_bytes: int, backward_s: float, all_reduce_s: Seconds) -> float:
@@ -51,7 +50,6 @@ def exposed_s(gradient_bytes: int, bucket_bytes: int, backward_s: float, all_red
     return max(each, count * each - backward_s * (count - 1) / count)
 
 
-def ring_s(ranks: int, link: Link, nbytes: int) -> float:
-    """Seconds of a ring all-reduce: 2 (n - 1) messages of 1 / n of the bytes each (Thakur et al. 2005, section 3.4)."""
-    around = 2 * (ranks - 1)
-    return around * link.latency_s + nbytes * around / ranks / link.bandwidth
+def ring_seconds(ranks: int, link: Link) -> Seconds:
+    """Seconds of a ring all-reduce by its bytes: what gloo and nccl do with large ones (Thakur et al. 2005, 3.4)."""
+    return lambda nbytes: seconds("all_reduce", "ring", nbytes, ranks, link, segments=1)

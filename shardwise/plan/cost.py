@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-
-from shardwise.plan.buckets import Seconds, choose_bucket_bytes, exposed_s, ring_s
+from shardwise.plan.buckets import Seconds, choose_bucket_bytes, exposed_s, ring_seconds
 from shardwise.spec.cluster import TRANSPORTS, Cluster
 from shardwise.spec.job import JobFacts
 from shardwise.spec.plan import Plan
@@ -50,15 +48,15 @@ def all_reduce_seconds(cluster: Cluster, ranks: int) -> Seconds:
     its 2 (n - 1) messages, the rest with 2 (n - 1) / n of the bytes.
     """
     known = cluster.calibration(ranks)
-    link = cluster.link
+    ring_s = ring_seconds(ranks, cluster.link)
     if known is None:
-        return functools.partial(ring_s, ranks, link)
+        return ring_s
     more = (ranks - 1) / (known.ranks - 1)
 
     def seconds(nbytes: int) -> float:
         latency, measured = known.seconds("all_reduce", 0), known.seconds("all_reduce", nbytes)
         if latency is None or measured is None:
-            return ring_s(ranks, link, nbytes)
+            return ring_s(nbytes)
         return latency * more + (measured - latency) * more * known.ranks / ranks
 
     return seconds

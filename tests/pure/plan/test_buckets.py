@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwise.plan.buckets import choose_bucket_bytes, exposed_s, ring_s, usual_bucket_bytes
+from shardwise.plan.buckets import choose_bucket_bytes, exposed_s, ring_seconds, usual_bucket_bytes
 from shardwise.plan.cost import all_reduce_seconds, bucket_bytes
 from shardwise.spec.cluster import Calibration, Cluster, Device, Link, Node
 
@@ -81,7 +81,7 @@ def machines(*calibrations: Calibration) -> Cluster:
 def test_measured_collectives_come_before_the_link() -> None:
     measured = Calibration(backend="gloo", ranks=2, collectives={"all_reduce": ROWS})
     assert all_reduce_seconds(machines(measured), 2)(10**6) == pytest.approx(2e-3)
-    ring = ring_s(2, Link(latency_s=1e-4, bandwidth=1e9), 10**6)
+    ring = ring_seconds(2, Link(latency_s=1e-4, bandwidth=1e9))(10**6)
     assert ring == pytest.approx(2e-4 + 1e-3)
     assert all_reduce_seconds(machines(), 2)(10**6) == pytest.approx(ring)
     pairs_only = Calibration(backend="gloo", ranks=2)
@@ -91,9 +91,9 @@ def test_measured_collectives_come_before_the_link() -> None:
 def test_other_numbers_of_ranks_are_carried_over_as_a_ring_would_be() -> None:
     """With the figures of a ring of 2 those of a ring of 4 come out."""
     link = Link(latency_s=1e-4, bandwidth=1e9)
-    rows = tuple((size, ring_s(2, link, size)) for size in (1, 10**6, 10**8))
+    rows = tuple((size, ring_seconds(2, link)(size)) for size in (1, 10**6, 10**8))
     measured = Calibration(backend="gloo", ranks=2, collectives={"all_reduce": rows})
-    assert all_reduce_seconds(machines(measured), 4)(10**7) == pytest.approx(ring_s(4, link, 10**7), rel=1e-3)
+    assert all_reduce_seconds(machines(measured), 4)(10**7) == pytest.approx(ring_seconds(4, link)(10**7), rel=1e-3)
 
 
 def test_the_cluster_says_how_large_buckets_are() -> None:
