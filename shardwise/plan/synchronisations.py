@@ -20,7 +20,7 @@ FEATURES = {
 }
 LOCAL = ("microbatches", "resume", "other_ranks")
 SUMMED = ("microbatches", "own_loop", "resume", "other_ranks")
-CLOCKED = ("microbatches", "resume", "other_ranks")
+CLOCKED = ("microbatches", "other_ranks")  # what is computed depends on who was first
 SYNCHRONISATIONS: dict[tuple[str, str], tuple[str, ...]] = {
     ("all_reduce", ""): tuple(FEATURES),
     ("auto", ""): LOCAL,
@@ -28,7 +28,7 @@ SYNCHRONISATIONS: dict[tuple[str, str], tuple[str, ...]] = {
     ("compressed", "bf16"): SUMMED,
     ("compressed", "topk"): SUMMED,
     ("compressed", "powersgd"): SUMMED,
-    ("param_server", "sync"): ("microbatches", "float16", "batch_norm", "coupled", "clip", "resume", "other_ranks"),
+    ("param_server", "sync"): ("microbatches", "float16", "batch_norm", "coupled", "resume", "other_ranks"),
     ("param_server", "backup"): CLOCKED,
     ("param_server", "async"): CLOCKED,
     ("param_server", "stale"): CLOCKED,
