@@ -73,7 +73,7 @@ def train(rank: Rank, sync: Sync, maker: str, samples: int, pieces: int, clip: f
     assert all(
         mine is p
         for group, ps in zip(optimizer.param_groups, held, strict=True)
-        for mine, p in zip(group["params"], ps)
+        for mine, p in zip(group["params"], ps, strict=True)
     )
     assert state_of(module, optimizer) == agreed
     assert jobs.values(module) == values
@@ -359,7 +359,7 @@ def test_by_clocks_replicas_learn_and_agree_in_the_end(sync: Sync, ranks: int) -
         assert told is not None
         assert all(math.isfinite(loss) for loss in losses)
         assert begun - reached > 0.8 * (begun - whole), "it learned about as much as one process"
-    if not sync.backup:
+    if not sync.backup and ranks == 2:  # of three, one has batches that weigh nothing
         assert not any(any(skipped) for _, skipped, *_ in found)
 
 

@@ -36,6 +36,8 @@ def test_the_page_has_the_table() -> None:
 
 
 def sync_of(word: Any, method: str) -> Sync:
+    if method == "backup":
+        return Sync(word=word, method="sync", backup=1)
     return Sync(word=word, method=method, start=3 if method == "post_local" else 0)
 
 
