@@ -20,8 +20,8 @@ METHODS: dict[str, dict[str, tuple[str, ...]]] = {
         "powersgd": ("start", "overlap", "rank"),
     },
     "local": {
-        "diloco": ("start", "every", "bits", "overlap", "outer_lr", "outer_momentum"),
         "sgd": ("start", "every", "bits", "overlap"),
+        "diloco": ("start", "every", "bits", "overlap", "outer_lr", "outer_momentum"),
         "post_local": ("start", "every", "bits", "overlap"),
         "sparse": ("start", "every", "overlap", "density"),
         "streaming": ("start", "every", "bits", "overlap", "outer_lr", "outer_momentum", "fragments"),
@@ -29,7 +29,7 @@ METHODS: dict[str, dict[str, tuple[str, ...]]] = {
     "param_server": {"sync": ("backup",), "async": (), "stale": ("bound",)},
     "auto": {"": ()},
 }
-LOCAL_STEPS = 20  # of a replica between two synchronisations, where `every` is not given
+LOCAL_STEPS = 4  # of a replica between two synchronisations, where `every` is not given
 LOSSY = ("compressed", "local", "param_server")  # words that change the numbers, but for param_server's method sync
 
 
