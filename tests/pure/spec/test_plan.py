@@ -57,7 +57,7 @@ def test_every_rank_has_its_own_coordinates_and_neighbours_differ_in_the_last_ax
         ("zero=4", "1, 2 or 3"),
         ("sync=everything", "sync"),
         ("sync.bucket_bytes=-1", "negative"),
-        ("sync.every=5", "belongs to local/diloco"),
+        ("sync.every=5", "belongs to local/sgd"),
         ("sync=local,sync.method=int8", "no method of sync=local"),
         ("sync=compressed,sync.method=topk,sync.density=0", "above 0"),
         ("sync=local,sync.method=post_local", "needs sync.start"),
