@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 
 from shardwise.spec.cluster import TRANSPORTS, Link
+from shardwise.spec.collective_cost import seconds
 
 Seconds = Callable[[int], float]  # of an all-reduce of so many bytes
 
@@ -53,5 +54,4 @@ def exposed_s(gradient_bytes: int, bucket_bytes: int, backward_s: float, all_red
 
 def ring_s(ranks: int, link: Link, nbytes: int) -> float:
     """Seconds of a ring all-reduce: 2 (n - 1) messages of 1 / n of the bytes each (Thakur et al. 2005, section 3.4)."""
-    around = 2 * (ranks - 1)
-    return around * link.latency_s + nbytes * around / ranks / link.bandwidth
+    return seconds("all_reduce", "ring", nbytes, ranks, link, segments=1)
