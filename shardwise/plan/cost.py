@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from shardwise.plan.buckets import Seconds, choose_bucket_bytes, exposed_s, ring_seconds
 from shardwise.spec.cluster import TRANSPORTS, Cluster
+from shardwise.spec.collective_cost import Topology, as_path, through
 from shardwise.spec.job import JobFacts
 from shardwise.spec.plan import Plan
 from shardwise.spec.profile import ModelProfile
@@ -42,7 +43,9 @@ def bucket_bytes(gradient_bytes: int, cluster: Cluster, ranks: int) -> int:
 
 
 def all_reduce_seconds(cluster: Cluster, ranks: int) -> Seconds:
-    """Seconds of an all-reduce between `ranks` ranks by its bytes, as they were measured, or a ring's over the link.
+    """Seconds of an all-reduce between `ranks` ranks by its bytes, as they were measured; else a ring's over the link.
+
+    Between nodes, where nothing was measured, it is the cheapest way through them (`collective_cost.through`).
 
     Where another number of ranks was measured its figures are carried over as a ring's would be: the latency grows with
     its 2 (n - 1) messages, the rest with 2 (n - 1) / n of the bytes.
@@ -50,7 +53,7 @@ def all_reduce_seconds(cluster: Cluster, ranks: int) -> Seconds:
     known = cluster.calibration(ranks)
     ring_s = ring_seconds(ranks, cluster.link)
     if known is None:
-        return ring_s
+        return ring_s if len(cluster.nodes) == 1 else _through_nodes(cluster, ranks)
     more = (ranks - 1) / (known.ranks - 1)
 
     def seconds(nbytes: int) -> float:
@@ -60,6 +63,17 @@ def all_reduce_seconds(cluster: Cluster, ranks: int) -> Seconds:
         return latency * more + (measured - latency) * more * known.ranks / ranks
 
     return seconds
+
+
+def _through_nodes(cluster: Cluster, ranks: int) -> Seconds:
+    """Of `ranks` ranks that fill node after node."""
+    places = [index for index, node in enumerate(cluster.nodes) for _ in node.devices]
+    used = [places[rank % len(places)] for rank in range(ranks)]
+    inside = max((node.link for node in cluster.nodes), key=lambda link: 1 / link.bandwidth)
+    topology = Topology(
+        tuple(used.count(index) for index in sorted(set(used))), as_path(inside), (as_path(cluster.between),)
+    )
+    return lambda nbytes: through("all_reduce", nbytes, topology).seconds
 
 
 def device_rate(cluster: Cluster, plan: Plan) -> float:

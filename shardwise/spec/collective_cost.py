@@ -205,13 +205,13 @@ def seconds(
 
     `nbytes` is the whole tensor: all ranks' pieces together in all_gather and reduce_scatter.
     """
-    found, wire = shape(collective, algorithm, ranks), _path(path)
+    found, wire = shape(collective, algorithm, ranks), as_path(path)
     return found.seconds(nbytes, wire, segments or _segments(found, nbytes, wire))
 
 
 def choose(collective: str, nbytes: float, ranks: int, path: Path | Link, *, only: str | None = None) -> Choice:
     """The cheapest algorithm for a tensor of `nbytes`; with `only`, that one, in the best number of segments."""
-    wire = _path(path)
+    wire = as_path(path)
     found = []
     for algorithm in (only,) if only else ALGORITHMS[collective]:
         about = shape(collective, algorithm, ranks)
@@ -265,7 +265,8 @@ def through(collective: str, nbytes: int, topology: Topology, *, only: str | Non
     return min(found, key=lambda form: form.seconds)
 
 
-def _path(path: Path | Link) -> Path:
+def as_path(path: Path | Link) -> Path:
+    """A link whose ends spend nothing."""
     return path if isinstance(path, Path) else Path(path.latency_s, path.bandwidth)
 
 

@@ -99,3 +99,14 @@ def test_other_numbers_of_ranks_are_carried_over_as_a_ring_would_be() -> None:
 def test_the_cluster_says_how_large_buckets_are() -> None:
     slow = Calibration(backend="gloo", ranks=2, collectives={"all_reduce": ((1, 1e-3), (10**8, 8.0))})
     assert bucket_bytes(36_000_000, machines(slow), 2) < 2_000_000, "a slow network hides well"
+
+
+def test_between_nodes_a_host_sends_its_gradients_once() -> None:
+    near, far = Link(latency_s=1e-5, bandwidth=1e10), Link(latency_s=1e-4, bandwidth=1e8)
+    pairs = Cluster(nodes=(Node(devices=(DEVICE,) * 2, link=near),) * 2, between=far)
+    singles = Cluster(nodes=(Node(devices=(DEVICE,), link=near),) * 4, between=far)
+    n = 10**8
+    assert all_reduce_seconds(pairs, 4)(n) == pytest.approx(n / 1e8 + 2 * n / 1e10, rel=0.01)
+    assert all_reduce_seconds(singles, 4)(n) == pytest.approx(1.5 * n / 1e8, rel=0.01)
+    assert all_reduce_seconds(singles, 4)(n) <= ring_seconds(4, far)(n)
+    assert all_reduce_seconds(pairs, 2)(n) == pytest.approx(2 * n / 1e10, rel=0.01), "two ranks fit on one host"
