@@ -51,7 +51,7 @@ class Bench(NamedTuple):
             torch.cuda.synchronize(self.device)
 
 
-def calibrate(group: Group, device: torch.device, *, budget_s: float = 12.0) -> Calibration:
+def calibrate(group: Group, device: torch.device, *, budget_s: float = 9.0) -> Calibration:
     """Measure `group` in about `budget_s` seconds (on slow links at most four times that). Collective; all get it.
 
     Sizes are bytes of the whole tensor, float32. A collective's seconds are those of the slowest rank, the median of
