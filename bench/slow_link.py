@@ -107,10 +107,10 @@ def _on_wire(
         try:
             for name in names:
                 say(f"  starting {name}")
-                players[name] = Player(
-                    subject(name, link, case), SYSTEMS[name].period, QUICK_TURN_S if options.quick else TURN_S
-                )
-                players[name].start(SYSTEMS[name].start)
+                system = SYSTEMS[name].briefly()
+                turn_s = QUICK_TURN_S if options.quick else TURN_S
+                players[name] = Player(subject(name, system, link, case), system.period, turn_s)
+                players[name].start(system.start)
             ready = [name for name, player in players.items() if player.note is None]
             outcomes = play(ready, rounds, lambda name: players[name].turn())
             for player in players.values():

@@ -15,7 +15,7 @@ from bench.netns import Link, Wire
 from bench.options import say
 from bench.rounds import Lost
 from bench.slow_case import SlowCase
-from bench.slow_systems import RANKS, SYSTEMS
+from bench.slow_systems import RANKS, SYSTEMS, System
 from bench.subject import Subject
 
 EVERY = 75  # steps between two looks at the held-out loss
@@ -25,9 +25,8 @@ START_S, STEP_S = 120.0, 10.0  # deadlines: to start both ranks, and for a step
 FIRST_PORT = 29500
 
 
-def subject(name: str, link: Link, case: SlowCase) -> Subject:
+def subject(name: str, system: System, link: Link, case: SlowCase) -> Subject:
     """The system at both ends of the link, not yet started."""
-    system = SYSTEMS[name]
     cores = sorted(os.sched_getaffinity(0))
     env = apart.environment(link, FIRST_PORT + list(SYSTEMS).index(name))
     env |= replace(case, settings=system.settings).environment()
@@ -103,7 +102,7 @@ def learn(name: str, case: SlowCase, wire: Wire) -> Curve:
     """Train the case to its end over such a wire, evaluating every `EVERY` steps. Raises Lost."""
     curve = Curve()
     with Link(wire) as link:
-        system = subject(name, link, case)
+        system = subject(name, SYSTEMS[name], link, case)
         try:
             system.start(START_S)
             while len(curve.training) < case.steps:
