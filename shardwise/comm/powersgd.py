@@ -190,6 +190,8 @@ class _Underway:
         *rest, tail = exact.split([*lengths, self._tail.numel()])
         for part, values in zip(self._rest, rest, strict=True):
             self._body[part].copy_(values)
+            if self._residual is not None and self._finite:
+                self._residual[part].zero_()  # where another method had left something out, it has arrived now
         self._tail.copy_(tail)
         if self._factors is None:
             for each in self._matrices:  # what is not finite anywhere must not be taken for a gradient

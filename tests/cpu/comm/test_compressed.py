@@ -253,6 +253,26 @@ def test_another_number_of_ranks_shares_what_was_left_out(method: str) -> None:
             assert all(torch.equal(s[key], states[0][key]) for s in found)
 
 
+def switched(rank: Rank, method: str, states: list[dict[str, Tensor]]) -> Any:
+    buckets = Buckets(SHAPES, TWO)
+    exchange = make(group_of(rank), method)
+    exchange.arrange(buckets.layout)
+    exchange.load_state(states, rank.rank)
+    applied = [buckets.step(exchange, gradients(rank.rank, s), tail_of(rank.rank, s))[0] for s in (3, 4)]
+    return applied, residuals(exchange)
+
+
+@pytest.mark.parametrize("method", ["powersgd", "int8"])
+def test_what_another_method_left_out_arrives_once(method: str) -> None:
+    """Also where this method sends what the other one did not: vectors, small matrices."""
+    left = [{f"residual.{n}": g for n, g in gradients(r, 7).items()} for r in range(2)]
+    found = run_ranks(2, switched, method, left)
+    for name in SHAPES:
+        asked = total(2, 7)[name] + total(2, 3)[name] + total(2, 4)[name]
+        given = sum(sums[name].double() for sums in found[0][0]) + sum(rest[name].double() for _, rest in found)
+        assert (given - asked).abs().max() <= 1e-5 * asked.abs().max(), name
+
+
 def another_model(rank: Rank) -> str:
     exchange = make(group_of(rank), "int8")
     exchange.arrange(Buckets({"a": (3, 4)}, (("a",),)).layout)
