@@ -49,7 +49,8 @@ def run(options: Options) -> list[Row]:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         cases = _cases(Path(folder), options)
-        curves, lost = _all_curves([name for name in here if name != LIMIT or not options.quick], cases)
+        alike = [name for name in here if not SYSTEMS[name].adapts and (name != LIMIT or not options.quick)]
+        curves, lost = _all_curves(alike, cases)
         for wire in wires:
             try:
                 rows += _on_wire(wire, here, cases, curves, dict(lost), options)
@@ -74,7 +75,7 @@ def _cases(folder: Path, options: Options) -> list[SlowCase]:
 
 
 def _all_curves(names: Sequence[str], cases: Sequence[SlowCase]) -> tuple[Curves, dict[str, str]]:
-    """One curve for each system and seed, over a wire that nothing limits; and why a system has none."""
+    """One curve for each system and seed, over a wire that nothing limits; and why a system lacks one."""
     curves: Curves = {}
     lost: dict[str, str] = {}
     for name in names:
@@ -121,23 +122,23 @@ def _on_wire(
         outcomes.setdefault(name, Outcome([math.inf] * rounds, player.note))
         if why := outcomes[name].note:
             lost[name] = why
-    real = {name: found for name in names if (found := _real(name, cases[0], wire, outcomes[name]))}
-    steps = {name: outcomes[name].values for name in names}
+    real = {name: found for name in names if (found := _real(name, cases, wire, outcomes[name]))}
+    step_s = {name: outcomes[name].values for name in names}
     told = {name: player.told for name, player in players.items()}
-    return rows_of(Found(wire, measured, cases[0], steps, curves, real, told, lost))
+    return rows_of(Found(wire, measured, cases[0], step_s, curves | real, frozenset(real), told, lost))
 
 
-def _real(name: str, case: SlowCase, wire: Wire, outcome: Outcome) -> Curve | None:
-    """The curve of a system that adapts to the link, trained over it, where that is affordable."""
-    if not SYSTEMS[name].adapts or outcome.note or min(outcome.values) * case.steps > REAL_S:
-        return None
+def _real(name: str, cases: Sequence[SlowCase], wire: Wire, outcome: Outcome) -> list[Curve]:
+    """The curves of a system that adapts to the link, trained over it, where that is affordable."""
+    if not SYSTEMS[name].adapts or outcome.note or min(outcome.values) * cases[0].steps > REAL_S:
+        return []
     say(f"  training {name} over {wire}")
     try:
-        return learn(name, case, wire)
+        return [learn(name, case, wire) for case in cases]
     except Lost as why:
         say(f"  {name}: {why}")
         outcome.note = f"while it was trained over this link: {why}"
-        return None
+        return []
 
 
 def _rounds(wire: Wire) -> int:

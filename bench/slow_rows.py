@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,14 +23,15 @@ OFF_BY = 0.15  # a wire that is further from its nominal rate is not what its na
 
 @dataclass(frozen=True)
 class Found:
-    """Everything about one wire: seconds a step of each round, the curves by system and seed, and over this wire."""
+    """Everything about one wire: seconds a step of each round, and a curve for each seed; those of `real` were trained
+    over this very wire."""
 
     wire: Wire
     measured: Measured
     case: SlowCase
     step_s: Mapping[str, Sequence[float]]
     curves: Mapping[str, Sequence[Curve]]
-    real: Mapping[str, Curve]
+    real: Collection[str]
     told: Mapping[str, Message]
     lost: Mapping[str, str]
 
@@ -48,9 +49,6 @@ class Found:
         """Tokens a second of each round; 0 where it was lost."""
         return [self.case.tokens / seconds if math.isfinite(seconds) else 0.0 for seconds in self.step_s[name]]
 
-    def curves_of(self, name: str) -> Sequence[Curve]:
-        return [self.real[name]] if name in self.real else self.curves.get(name, ())
-
 
 def rows_of(found: Found) -> list[Row]:
     """All rows of the wire; the wire itself comes first."""
@@ -60,7 +58,7 @@ def rows_of(found: Found) -> list[Row]:
         rows.append(row(found.title, name, "tokens_per_s", "1/s", "higher", found.rates(name), note=note))
     seconds = {name: _seconds(found, name) for name in found.step_s}
     rows += [_time(found, name, seconds[name]) for name in found.step_s if seconds[name]]
-    rows += [_loss(found, name) for name in found.step_s if found.curves_of(name)]
+    rows += [_loss(found, name) for name in found.step_s if found.curves.get(name)]
     return [*rows, *_waiting(found), *_speed_ratios(found), *_time_ratio(found, seconds), *_loss_ratios(found)]
 
 
@@ -83,18 +81,18 @@ def _seconds(found: Found, name: str) -> list[float]:
     if found.base is None:
         return []
     targets = [NEAR * curve.last for curve in found.curves[found.base]]
+    both = list(zip(found.curves.get(name, ()), targets, strict=False))
     if name in found.real:
-        return [found.real[name].seconds_to(targets[0])]
+        return [curve.seconds_to(target) for curve, target in both]
     step_s, start = statistics.median(found.step_s[name]), SYSTEMS[name].start
     whole_s = statistics.median(found.step_s.get(BASE, [step_s]))
-    both = zip(found.curves.get(name, ()), targets, strict=False)
     return [time_to(curve.steps_to(target), step_s, start=start, start_step_s=whole_s) for curve, target in both]
 
 
 def _time(found: Found, name: str, seconds: Sequence[float]) -> Row:
     assert found.base is not None
     target = NEAR * found.curves[found.base][0].last
-    curve = found.curves_of(name)[0]
+    curve = found.curves[name][0]
     if name in found.real:
         how = f"trained over this link, {number(curve.steps_to(target))} steps"
     else:
@@ -104,7 +102,7 @@ def _time(found: Found, name: str, seconds: Sequence[float]) -> Row:
 
 
 def _loss(found: Found, name: str) -> Row:
-    curves = found.curves_of(name)
+    curves = found.curves[name]
     more: dict[str, Any] = {"first_loss": curves[0].training[0], "note": "trained over this link"}
     if name not in found.real:
         more["note"] = None
@@ -166,13 +164,13 @@ def _loss_ratios(found: Found) -> list[Row]:
             found.title,
             name,
             BASE,
-            [curve.last for curve in found.curves_of(name)],
+            [curve.last for curve in found.curves[name]],
             theirs,
             target="<= 1.01" if name == PICKED else None,
         )
         | {"metric": f"loss_ratio_to_{BASE}"}
         for name in found.step_s
-        if name != BASE and found.curves_of(name)
+        if name != BASE and found.curves.get(name)
     ]
 
 

@@ -20,6 +20,7 @@ from bench.subject import Subject
 
 EVERY = 75  # steps between two looks at the held-out loss
 CHECK_TURN_S = 20.0  # how long a turn may be made for the sake of a check in it
+WARM_UP = 50  # steps at the beginning of a turn that are not timed: a period, if that is shorter
 SETTLE = 3  # steps at first that are not like the others
 START_S, STEP_S = 120.0, 10.0  # deadlines: to start both ranks, and for a step
 FIRST_PORT = 29500
@@ -68,13 +69,14 @@ class Player:
         return self.period * max(1, math.ceil(wanted / step_s / self.period))
 
     def turn(self) -> float:
-        """One period to warm up and then whole ones; seconds a step. Raises Lost. Between turns it is stopped.
+        """A period to warm up and then whole ones; seconds a step. Raises Lost. Between turns it is stopped.
 
         The warm-up takes what was on its way when it was stopped, and arrived meanwhile.
         """
         try:
             self.subject.launched.thaw()
-            seconds = self.run(self.period + self.steps, skip=self.period)
+            warm = min(self.period, WARM_UP)
+            seconds = self.run(warm + self.steps, skip=warm)
             self.subject.launched.freeze()
         except Lost as lost:
             self.note = str(lost)

@@ -63,7 +63,7 @@ def found(wire: Wire = Wire(100), **changes: Any) -> Found:
         "case": SlowCase(),
         "step_s": step_s,
         "curves": {name: [curve(4.0, 3.0, last), curve(4.0, 3.0, last)] for name, last in ends.items()},
-        "real": {},
+        "real": (),
         "told": {},
         "lost": {},
     }
@@ -122,7 +122,9 @@ def test_a_system_that_was_lost_has_no_speed_and_no_time() -> None:
 def test_what_was_trained_over_the_link_counts_as_it_went() -> None:
     real = curve(4.0, 3.0, 2.0, step_s=0.5)
     told = {"shardwise:auto": {"sync_chosen": {"why": "the link is slow."}}}
-    keyed = by_key(rows_of(found(real={"shardwise:auto": real}, told=told)))
+    keyed = by_key(
+        rows_of(found(curves={**found().curves, "shardwise:auto": [real]}, real=["shardwise:auto"], told=told))
+    )
     auto = keyed["shardwise:auto", "time_to_loss"]
     assert auto["values"] == pytest.approx([real.seconds_to(2.02)])
     assert "trained over this link" in auto["note"]
