@@ -56,6 +56,9 @@ def norm_of(tensors: Sequence[Tensor]) -> float:
     """The 2-norm over all elements: each tensor's in float32 (float64 where it is), together in float64."""
     if not tensors:
         return 0.0
-    kinds = [torch.float64 if t.dtype == torch.float64 else torch.float32 for t in tensors]
-    parts = [torch.linalg.vector_norm(t, dtype=kind).double() for t, kind in zip(tensors, kinds, strict=True)]
-    return math.sqrt(sum(part * part for part in torch.stack(parts).tolist()))
+    parts: list[float] = []
+    for kind in (torch.float64, torch.float32):
+        chosen = [t for t in tensors if (t.dtype == torch.float64) == (kind == torch.float64)]
+        if chosen:
+            parts += torch.stack(list(torch._foreach_norm(chosen, dtype=kind))).tolist()
+    return math.sqrt(sum(part * part for part in parts))
