@@ -2,8 +2,8 @@
 
 The leanest loop that trains: the model, optimizer, precision and samples of the other systems, no framework and no
 process group, a rank's samples read with one slice. Memory is given back as glibc does it by default, as in the peers'
-loops; shardwise has it kept. With `--barrier` the ranks also meet at the end of each step, which
-is the least that any synchronisation of every step must do: nobody begins before the last one is there.
+loops; shardwise has it kept. With `--barrier` the ranks also meet at the end of each step, which is the least that any
+synchronisation of every step must do: nobody begins before the last one is there.
 """
 
 from __future__ import annotations
