@@ -15,7 +15,7 @@ from bench.rounds import Lost
 from bench.rows import Row, other_cases, result, table, write
 
 BENCHMARKS = {
-    "data_parallel": "seconds a training step, 2 ranks, against DDP, Accelerate, Lightning, Ray Train and DeepSpeed",
+    "data_parallel": "seconds a training step, 2 ranks, against DDP, four frameworks and a bare barrier",
     "buckets": "seconds a training step by the size of gradient buckets, 2 ranks, shared memory and gloo",
     "startup": "seconds from the shell to the end of step 1, against a bare script, torchrun and accelerate launch",
     "collectives": "seconds a collective between ranks of one host, against gloo and OpenMPI, 2 and 4 ranks",

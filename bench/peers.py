@@ -21,12 +21,16 @@ SHARDWISE = [str(_SCRIPT)] if _SCRIPT.exists() else [PYTHON, "-c", _ENTRY]
 
 @dataclass(frozen=True)
 class Peer:
-    """`package` is looked for without importing it; `command(case)` starts all ranks."""
+    """`package` is looked for without importing it; `command(case)` starts all ranks.
+
+    `alone`: its ranks learn nothing from each other, so that its losses are not to be compared.
+    """
 
     package: str
     install: str
     command: Callable[[Case], list[str]]
     exact: bool = False
+    alone: bool = False
     env: dict[str, str] = field(default_factory=dict)
 
     def installed(self) -> bool:
@@ -60,6 +64,14 @@ def _ddp(case: Case) -> list[str]:
     return torchrun(case.ranks, "bench.subjects.ddp")
 
 
+def _unsynchronised(case: Case) -> list[str]:
+    return torchrun(case.ranks, "bench.subjects.unsynchronised")
+
+
+def _barrier(case: Case) -> list[str]:
+    return [*_unsynchronised(case), "--barrier"]
+
+
 def _accelerate(case: Case) -> list[str]:
     return accelerate_launch(case.ranks, "bench.subjects.accelerate")
 
@@ -86,6 +98,8 @@ PEERS = {
     "shardwise": Peer("shardwise", "pip install -e .", _shardwise),
     "shardwise:exact": Peer("shardwise", "pip install -e .", _shardwise, exact=True),
     "ddp": Peer("torch", "pip install torch", _ddp),
+    "unsynchronised": Peer("torch", "pip install torch", _unsynchronised, alone=True),
+    "barrier": Peer("torch", "pip install torch", _barrier, alone=True),
     "accelerate": Peer("accelerate", "pip install accelerate", _accelerate),
     "lightning": Peer("lightning", "pip install lightning", _lightning),
     "ray-train": Peer("ray", "pip install 'ray[train]'", _ray, env=RAY),

@@ -55,14 +55,17 @@ def assert_measured(rows: dict[tuple[str, str, str], dict[str, Any]], rounds: in
 def test_data_parallel(tmp_path: Path) -> None:
     rows = quick("data_parallel", tmp_path)
     case = "bfloat16 batch=2"
-    metrics = {(case, "shardwise", "step_time"), (case, "ddp", "step_time"), (case, "shardwise", "ratio_to_ddp")}
-    assert set(rows) == metrics
+    times = {(case, system, "step_time") for system in ("shardwise", "ddp", "barrier")}
+    ratios = {("shardwise", "ratio_to_ddp"), ("shardwise", "ratio_to_barrier"), ("barrier", "ratio_to_ddp")}
+    assert set(rows) == times | {(case, *ratio) for ratio in ratios}
     assert_measured(rows)
     ours = rows[case, "shardwise", "step_time"]
     assert ours["agrees"] is True
     assert ours["last_loss"] < ours["first_loss"] - 0.5
-    ratio = rows[case, "shardwise", "ratio_to_ddp"]
-    assert ratio["low"] <= ratio["median"] <= ratio["high"]
+    assert "agrees" not in rows[case, "barrier", "step_time"]
+    for base in ("ddp", "barrier"):
+        ratio = rows[case, "shardwise", f"ratio_to_{base}"]
+        assert ratio["low"] <= ratio["median"] <= ratio["high"]
     assert not left_over()
 
 

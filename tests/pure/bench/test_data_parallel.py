@@ -12,14 +12,17 @@ import pytest
 import bench.data_parallel as data_parallel
 from bench.case import Case, order, pseudo_text
 from bench.options import Options
-from bench.peers import Peer
+from bench.peers import PEERS, Peer
 
 FAKE = Path(__file__).with_name("fake_subject.py")
 CASE = Case(precision="float32", batch=2, context=8, vocab=32)
 
 
-def peer(behaviour: str, package: str = "sys") -> Peer:
-    return Peer(package, f"pip install {package}", lambda case: [sys.executable, str(FAKE), str(case.ranks), behaviour])
+def peer(behaviour: str, package: str = "sys", *, alone: bool = False) -> Peer:
+    def command(case: Case) -> list[str]:
+        return [sys.executable, str(FAKE), str(case.ranks), behaviour]
+
+    return Peer(package, f"pip install {package}", command, alone=alone)
 
 
 def played(names: Sequence[str], peers: dict[str, Peer], rounds: int = 3) -> dict[tuple[str, str], dict[str, Any]]:
@@ -41,6 +44,41 @@ def test_a_case_gives_times_ratios_and_compared_losses() -> None:
     assert ours["compared_steps"] == ours["checksum"] == steps
     assert ours["first_loss"] == 10.5  # 10 on rank 0 and 11 on rank 1
     assert len(rows["shardwise", "ratio_to_ddp"]["values"]) == 3
+
+
+def test_ours_is_held_to_ddp_and_to_a_bare_barrier() -> None:
+    names = ["shardwise", "shardwise:exact", "ddp", "unsynchronised", "barrier"]
+    peers = {name: peer("even") for name in names[:3]} | {name: peer("even", alone=True) for name in names[3:]}
+    rows = played(names, peers, rounds=2)
+    ratios = {key: row["target"] for key, row in rows.items() if key[1].startswith("ratio_to_")}
+    assert ratios == {
+        ("shardwise", "ratio_to_ddp"): "<= 1.0 x ddp",
+        ("shardwise:exact", "ratio_to_ddp"): None,
+        ("unsynchronised", "ratio_to_ddp"): None,
+        ("barrier", "ratio_to_ddp"): None,
+        ("shardwise:exact", "ratio_to_shardwise"): "<= 1.1 x shardwise",
+        ("shardwise", "ratio_to_barrier"): "<= 1.02 x barrier",
+    }
+    assert rows["shardwise", "step_time"]["target"] == "<= 1.0 x ddp, <= 1.02 x barrier"
+    assert rows["barrier", "step_time"]["target"] is None
+    both = zip(rows["shardwise", "step_time"]["values"], rows["barrier", "step_time"]["values"], strict=True)
+    assert rows["shardwise", "ratio_to_barrier"]["values"] == [ours / theirs for ours, theirs in both]
+
+
+def test_ranks_that_train_alone_have_losses_of_their_own_and_nobody_is_compared_with_them() -> None:
+    peers = {"unsynchronised": peer("even:2", alone=True), "shardwise": peer("even"), "lightning": peer("even:3")}
+    rows = played(list(peers), peers, rounds=1)
+    assert {"agrees", "compared_with", "note"}.isdisjoint(rows["unsynchronised", "step_time"])
+    assert rows["shardwise", "step_time"]["compared_with"] == "shardwise"
+    assert rows["lightning", "step_time"]["compared_with"] == "shardwise"
+    assert rows["lightning", "step_time"]["note"] == "losses differ"
+
+
+def test_the_rows_without_synchronisation_are_launched_as_ddp_is() -> None:
+    ddp, alone, barrier = (PEERS[name] for name in ("ddp", "unsynchronised", "barrier"))
+    assert ddp.command(CASE)[:-1] == alone.command(CASE)[:-1]
+    assert barrier.command(CASE) == [*alone.command(CASE), "--barrier"]
+    assert [name for name, each in PEERS.items() if each.alone] == ["unsynchronised", "barrier"]
 
 
 def test_a_peer_that_is_not_installed_is_a_row_and_starts_nothing() -> None:
