@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import select
@@ -53,8 +54,8 @@ def run_ranks(
     """Call `fn(Rank, *args)` on `n` forked ranks with one torch thread each; their results in rank order.
 
     Raises RankFailed with the first rank's traceback, or when a rank ends without a result (unless it is in
-    `may_die`: then its result is None), or after `timeout_s` seconds. No rank outlives the call. Once a rank has
-    failed the others have `patience_s` seconds more: they may be waiting for it.
+    `may_die`: then its result is None), or after `timeout_s` seconds. No rank outlives the call. Rank 0, which
+    serves the store, waits at most `patience_s` seconds for the others to finish, but for none in `may_die`.
     """
     listener = listen()
     pids: list[int] = []
@@ -66,13 +67,13 @@ def run_ranks(
         pid = os.fork()
         if pid == 0:
             os.close(reader)
-            _child(rank, n, listener, writer, fn, args)
+            _child(rank, n, listener, writer, fn, args, patience_s, may_die)
         os.close(writer)
         pids.append(pid)
         pipes.append(reader)
     listener.close()
     try:
-        raw = _collect(pipes, time.monotonic() + timeout_s, patience_s)
+        raw = _collect(pipes, time.monotonic() + timeout_s)
     finally:
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
@@ -82,9 +83,17 @@ def run_ranks(
     return _results(raw, timeout_s, may_die)
 
 
-def _child(rank: int, n: int, listener: Any, writer: int, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _child(
+    rank: int,
+    n: int,
+    listener: Any,
+    writer: int,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    patience_s: float,
+    may_die: tuple[int, ...],
+) -> None:
     """Never returns: a forked rank must not run pytest's own end."""
-    caller = os.getppid()
     try:
         torch.set_num_threads(1)
         port = listener.getsockname()[1]
@@ -94,6 +103,8 @@ def _child(rank: int, n: int, listener: Any, writer: int, fn: Callable[..., Any]
         answer = (True, fn(Rank(rank, n, store), *args))
         if isinstance(dist.group.WORLD, Group):
             dist.group.WORLD.shutdown()  # a rank that ends without it has died, for the others
+        if store is not None:
+            _leave_together(store, rank, set(range(1, n)) - set(may_die), patience_s)
     except BaseException:
         answer = (False, traceback.format_exc())
     try:
@@ -106,17 +117,24 @@ def _child(rank: int, n: int, listener: Any, writer: int, fn: Callable[..., Any]
     view = memoryview((GOOD if answer[0] else BAD) + raw)
     while view:
         view = view[os.write(writer, view) :]
-    os.close(writer)
-    if rank == 0 or answer[0]:  # rank 0 serves the store; whoever has failed is dead for the others
-        while os.getppid() == caller:  # which kills it
-            time.sleep(0.1)
     os._exit(0)
 
 
-def _collect(pipes: list[int], deadline: float, patience_s: float) -> list[bytes | None]:
+def _leave_together(store: dist.Store, rank: int, others: set[int], patience_s: float) -> None:
+    """The rank that serves the store leaves last, or `others` would see it end; the dead are not waited for long."""
+    if rank != 0:
+        with contextlib.suppress(dist.DistNetworkError):  # the rank that serves it was killed
+            store.set(f"tests/finished/{rank}", "")  # unlike add, this waits for no answer
+        return
+    end = time.monotonic() + patience_s
+    while others and time.monotonic() < end and not store.check([f"tests/finished/{r}" for r in others]):
+        time.sleep(0.005)
+
+
+def _collect(pipes: list[int], deadline: float) -> list[bytes | None]:
     """What each rank wrote, b"" for a rank that ended without a word, None for one that is still running.
 
-    Once a rank has failed the others have `patience_s` more.
+    Once a rank has failed the others have PATIENCE_S more: they may be waiting for it.
     """
     raw = {reader: b"" for reader in pipes}
     waiting = set(pipes)
@@ -128,7 +146,7 @@ def _collect(pipes: list[int], deadline: float, patience_s: float) -> list[bytes
             if not piece:
                 waiting.discard(reader)
                 if raw[reader].startswith(BAD):
-                    deadline = min(deadline, time.monotonic() + patience_s)
+                    deadline = min(deadline, time.monotonic() + PATIENCE_S)
     return [None if reader in waiting else raw[reader] for reader in pipes]
 
 
