@@ -55,7 +55,7 @@ def run_ranks(
 
     Raises RankFailed with the first rank's traceback, or when a rank ends without a result (unless it is in
     `may_die`: then its result is None), or after `timeout_s` seconds. No rank outlives the call. Rank 0, which
-    serves the store, waits at most `patience_s` seconds for the others to finish.
+    serves the store, waits at most `patience_s` seconds for the others to finish, but for none in `may_die`.
     """
     listener = listen()
     pids: list[int] = []
@@ -67,7 +67,7 @@ def run_ranks(
         pid = os.fork()
         if pid == 0:
             os.close(reader)
-            _child(rank, n, listener, writer, fn, args, patience_s)
+            _child(rank, n, listener, writer, fn, args, patience_s, may_die)
         os.close(writer)
         pids.append(pid)
         pipes.append(reader)
@@ -84,7 +84,14 @@ def run_ranks(
 
 
 def _child(
-    rank: int, n: int, listener: Any, writer: int, fn: Callable[..., Any], args: tuple[Any, ...], patience_s: float
+    rank: int,
+    n: int,
+    listener: Any,
+    writer: int,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    patience_s: float,
+    may_die: tuple[int, ...],
 ) -> None:
     """Never returns: a forked rank must not run pytest's own end."""
     try:
@@ -97,7 +104,7 @@ def _child(
         if isinstance(dist.group.WORLD, Group):
             dist.group.WORLD.shutdown()  # a rank that ends without it has died, for the others
         if store is not None:
-            _leave_together(store, rank, n, patience_s)
+            _leave_together(store, rank, set(range(1, n)) - set(may_die), patience_s)
     except BaseException:
         answer = (False, traceback.format_exc())
     try:
@@ -113,14 +120,14 @@ def _child(
     os._exit(0)
 
 
-def _leave_together(store: dist.Store, rank: int, n: int, patience_s: float) -> None:
-    """The rank that serves the store leaves last, or the others would see it end; the dead are not waited for long."""
+def _leave_together(store: dist.Store, rank: int, others: set[int], patience_s: float) -> None:
+    """The rank that serves the store leaves last, or `others` would see it end; the dead are not waited for long."""
     if rank != 0:
         with contextlib.suppress(dist.DistNetworkError):  # the rank that serves it was killed
             store.set(f"tests/finished/{rank}", "")  # unlike add, this waits for no answer
         return
     end = time.monotonic() + patience_s
-    while time.monotonic() < end and not store.check([f"tests/finished/{r}" for r in range(1, n)]):
+    while others and time.monotonic() < end and not store.check([f"tests/finished/{r}" for r in others]):
         time.sleep(0.005)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from shardwise import events
@@ -25,6 +25,7 @@ from shardwise.checkpoint.store import LocalStore
 from shardwise.errors import CheckpointError
 from shardwise.spec.plan import Plan
 from tests.cpu.checkpoint.world import Net, bits, on_ranks, save_alone, save_on, trained
+from tests.examples import examples
 
 Harm = Callable[[Path], Any]
 
@@ -80,7 +81,7 @@ def test_the_older_whole_one_is_used_with_an_event(two: LocalStore, harm: Harm) 
 
 
 @given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), which=st.integers(0, 2))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_flipped_bit_is_believed(two: LocalStore, where: float, bit: int, which: int) -> None:
     file = sorted((two.path / "step-00000002").iterdir())[which]
     before = file.read_bytes()

@@ -20,7 +20,8 @@ from tests.ranks import Rank, run_ranks
 
 CPU = torch.device("cpu")
 SLOW_S = 0.02
-TRANSPORTS = ["gloo", pytest.param("shm", marks=pytest.mark.skipif(library() is None, reason="built without C"))]
+WITH_KERNEL = pytest.mark.skipif(library() is None, reason="built without C")
+TRANSPORTS = ["gloo", pytest.param("shm", marks=WITH_KERNEL)]
 
 
 def group_of(rank: Rank) -> Group:
@@ -44,8 +45,15 @@ def test_every_pair_meets_once_in_each_direction(ranks: int, at_once: bool) -> N
         )
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(
+    ("transport", "ranks"),
+    [
+        ("gloo", 2),
+        pytest.param("gloo", 3, marks=pytest.mark.slow),
+        pytest.param("shm", 2, marks=[WITH_KERNEL, pytest.mark.slow]),
+        pytest.param("shm", 3, marks=WITH_KERNEL),
+    ],
+)
 def test_all_ranks_have_the_same_figures_of_every_pair_and_operation(
     transport: str, ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from shardwise.comm.codec import Blockwise, Codec
 from shardwise.comm.methods import CODECS, make_codec
 from shardwise.comm.topk import TopK, largest
 from shardwise.errors import SpecError
+from tests.examples import examples
 
 LENGTHS = [0, 1, 2, 15, 16, 63, 64, 65, 255, 256, 257, 1000, 4096, 70_000, 262_144, 300_001]
 EVERY = sorted(CODECS)
@@ -55,7 +56,7 @@ def test_values_come_back_within_the_bound(method: str, numel: int) -> None:
     assert (back[values == 0] == 0).all()
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     method=st.sampled_from([m for m in EVERY if m != "topk"]),
     numel=st.integers(1, 700),
@@ -139,7 +140,7 @@ def oracle(values: Tensor, count: int) -> list[int]:
     return sorted(sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))[:count])
 
 
-@settings(max_examples=120, deadline=None)
+@examples(120)
 @given(
     numel=st.integers(1, 3000),
     share=st.floats(0.0005, 1.0),

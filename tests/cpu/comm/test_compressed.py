@@ -70,7 +70,7 @@ def several_steps(rank: Rank, method: str, steps: int, dtype: torch.dtype, mean:
 
 
 @pytest.mark.usefixtures("transport")
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", EVERY)
 def test_what_was_summed_and_what_is_left_are_the_gradients(method: str, ranks: int) -> None:
     """The law of error feedback, and the same bits on every rank; the tail is the exact sum."""
@@ -105,7 +105,7 @@ def test_the_mean_is_the_sum_by_the_number_of_ranks(method: str) -> None:
         torch.testing.assert_close(other_tail, one_tail / 2)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("method", EVERY)
 def test_gradients_of_other_types(method: str, dtype: torch.dtype, ranks: int) -> None:
@@ -359,7 +359,7 @@ def spoilt(rank: Rank, method: str, bad: float) -> Any:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, pytest.param(math.inf, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", EVERY)
 def test_a_gradient_that_is_not_finite_is_seen_by_all_and_leaves_no_trace(method: str, bad: float, ranks: int) -> None:
     found = run_ranks(ranks, spoilt, method, bad)

@@ -24,7 +24,7 @@ from tests.cpu.comm.names import all_gather_single, reduce_scatter_single
 from tests.ranks import Rank, RankFailed, run_ranks
 
 
-@pytest.fixture(autouse=True, params=["gloo", "shm", "shm-torch"])
+@pytest.fixture(autouse=True, params=["gloo", "shm", pytest.param("shm-torch", marks=pytest.mark.slow)])
 def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forked ranks inherit it."""
     if request.param == "shm" and library() is None:
@@ -228,6 +228,9 @@ def test_waiting_for_a_message_of_a_rank_that_dies_ends_at_once() -> None:
 def widowed(rank: Rank, scatter: bool = False) -> tuple[float, str]:
     group = group_of(rank)
     group.all_reduce(torch.ones(1)).wait()
+    assert rank.store is not None
+    rank.store.set(f"summed/{rank.rank}", "")
+    rank.store.wait([f"summed/{r}" for r in range(rank.world)])  # nobody is amid the first sum when one dies
     if rank.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     began = time.monotonic()

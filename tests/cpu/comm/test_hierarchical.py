@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwise.comm.group import Group
@@ -22,6 +22,7 @@ from shardwise.comm.store import HOST
 from shardwise.errors import CommError
 from tests.cpu.comm.test_group import ddp, fully_sharded, operations, pipeline, tensor_parallel
 from tests.cpu.comm.test_shm import OPERATIONS, perform
+from tests.examples import examples
 from tests.ranks import Rank, run_ranks
 
 pytestmark = pytest.mark.skipif(library() is None, reason="built without a C compiler")
@@ -92,7 +93,7 @@ def test_every_operation_agrees_with_gloo(layout: str) -> None:
     check(layout, [case | {"op": op, "form": form} for op in OPERATIONS for form in forms])
 
 
-@settings(max_examples=10, deadline=None)
+@examples(10)
 @given(cases=st.lists(CASES, min_size=8, max_size=14), layout=st.sampled_from(["AABB", "ABBA", "ABC", "ABCAB"]))
 def test_random_tensors_and_operations_agree_with_gloo(cases: list[dict[str, Any]], layout: str) -> None:
     uneven = layout == "ABCAB"

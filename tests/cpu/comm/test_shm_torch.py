@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwise.comm import torch_phases
@@ -23,6 +23,7 @@ from shardwise.comm.torch_segment import TEXT, Segment, fixed_bytes
 from shardwise.comm.torch_sums import BLOCK, fold
 from shardwise.errors import CommError
 from tests.cpu.comm.operations import OPERATIONS, data, perform, shm_of
+from tests.examples import examples
 from tests.ranks import Rank, run_ranks
 
 NEEDS_KERNEL = pytest.mark.skipif(library() is None, reason="built without a C compiler")
@@ -156,7 +157,7 @@ def both_paths(rank: Rank, cases: list[dict[str, Any]]) -> list[str]:
 
 
 @NEEDS_KERNEL
-@settings(max_examples=10, deadline=None)
+@examples(10)
 @given(n=st.integers(2, 4), cases=st.lists(CASES, min_size=20, max_size=40))
 def test_both_paths_give_the_same_bits(n: int, cases: list[dict[str, Any]]) -> None:
     for wrong in run_ranks(n, both_paths, cases):

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwise.comm.kernel import library
 from shardwise.comm.wire import COMBINE, OPERATIONS, LinkFailure, Wire
 from shardwise.spec.collective_cost import ALGORITHMS
+from tests.examples import examples
 from tests.ranks import Rank, run_ranks
 
 PAIRS = [(collective, algorithm) for collective, known in ALGORITHMS.items() for algorithm in known]
@@ -116,7 +117,7 @@ def test_every_algorithm_agrees_with_gloo(n: int, over: str) -> None:
     check(n, over, cases)
 
 
-@settings(max_examples=12, deadline=None)
+@examples(12)
 @given(cases=st.lists(CASES, min_size=6, max_size=12), n=st.integers(2, 4))
 def test_random_tensors_and_operations_agree_with_gloo(cases: list[dict[str, Any]], n: int) -> None:
     check(n, "gloo", cases)

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwise.errors import JobError
 from shardwise.models import losses
+from tests.examples import examples
 
 
 def with_holes(shape: tuple[int, ...], classes: int, holes: float) -> torch.Tensor:
@@ -19,7 +20,7 @@ def with_holes(shape: tuple[int, ...], classes: int, holes: float) -> torch.Tens
     return targets.masked_fill(torch.rand(shape) < holes, losses.IGNORE)
 
 
-@settings(deadline=None, max_examples=30)
+@examples(30)
 @given(
     rows=st.integers(0, 150),
     classes=st.integers(1, 9),

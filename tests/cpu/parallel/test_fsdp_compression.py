@@ -112,6 +112,7 @@ def one_backward(rank: Rank) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.usefixtures("transport")
+@pytest.mark.parametrize("transport", [pytest.param("gloo", marks=pytest.mark.slow), "shm"], indirect=True)
 def test_training_follows_plain_fsdp() -> None:
     found = run_ranks(2, train, ["", "bf16", "int8", "topk"], 60)[0]
     plain, wire = found.pop("")

@@ -92,13 +92,19 @@ def zygote() -> Iterator[Any]:
     started.close()
 
 
+@pytest.fixture(scope="session")
+def measured_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's cache folder for all tests: the first run of a machine measures it, which takes a second."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def trained(zygote: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
+def trained(zygote: Any, measured_once: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
     """`trained(plan="data=2", steps=6)` trains the small job; the run folders are in `tmp_path / "runs"`."""
     from shardwise.train import api
 
     monkeypatch.setattr(start, "take", lambda: Shared(zygote))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(measured_once))
     file = tmp_path / "small.py"
     file.write_text(JOB)
 

@@ -137,6 +137,7 @@ def test_a_nested_train_is_refused(trained: Train, tmp_path: Path) -> None:
         trained(script, plan="data=1")
 
 
+@pytest.mark.slow
 def test_a_job_runs_under_the_variables_of_a_foreign_launcher(trained: Train, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
@@ -172,7 +173,9 @@ def test_a_job_runs_under_the_variables_of_a_foreign_launcher(trained: Train, tm
     assert here == pytest.approx(there, rel=1e-6)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT, signal.SIGKILL]
+)
 def test_a_signal_to_the_command_ends_every_rank(number: signal.Signals, trained: Train, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "shardwise", "train", str(tmp_path / "small.py"), "--quiet"]
     started = subprocess.Popen(

@@ -64,7 +64,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     assert named(went_on.path, "evaluation")[-1]["loss"] == pytest.approx(evaluated[-1], rel=1e-5)
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("word", "method"), cells("other_ranks"))
 def test_a_killed_run_goes_on_with_another_number_of_ranks(
     word: str, method: str, before: int, after: int, trained: Train, tmp_path: Path

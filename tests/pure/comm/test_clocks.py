@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwise.comm.clocks import (
@@ -26,6 +26,7 @@ from shardwise.comm.clocks import (
     advance,
     begin,
 )
+from tests.examples import examples
 
 
 class World:
@@ -109,7 +110,7 @@ RULES = st.one_of(
 )
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(RULES, st.integers(1, 4), st.data())
 def test_every_gradient_counts_once_and_nobody_runs_ahead(rule: Rule, workers: int, data: st.DataObject) -> None:
     world = World(rule, workers)
@@ -131,7 +132,7 @@ def test_every_gradient_counts_once_and_nobody_runs_ahead(rule: Rule, workers: i
     assert world.state.done == min(world.clock.values())
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(st.integers(2, 4), st.data())
 def test_backup_workers_are_not_waited_for(workers: int, data: st.DataObject) -> None:
     backup = data.draw(st.integers(1, workers - 1))
@@ -159,7 +160,7 @@ def test_a_stopped_worker_does_not_stop_the_others_where_it_is_backup() -> None:
     assert world.dropped[-1] == (2, 1), "what is over is not computed any more"
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(RULES, st.integers(1, 3), st.data())
 def test_workers_may_join_and_leave(rule: Rule, workers: int, data: st.DataObject) -> None:
     world = World(rule, workers)

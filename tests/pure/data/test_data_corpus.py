@@ -7,12 +7,13 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwise.data import corpus
 from shardwise.data.corpus import CHUNK_BYTES, Files, Piece, files
 from shardwise.errors import DataError
+from tests.examples import examples
 
 
 def many(top: Path, count: int = 60, size: int = 400) -> Path:
@@ -89,7 +90,7 @@ def test_one_large_file_does_not_make_the_held_out_part() -> None:
         assert documents[-1] not in held
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(
     st.lists(st.text(st.sampled_from("ab\n\u00e9\U0001f600"), max_size=60), min_size=1, max_size=4),
     st.floats(0.05, 0.9),

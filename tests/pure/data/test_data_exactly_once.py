@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwise.data.datasets import dataset
 from shardwise.data.loader import eval_batches, open_batches
 from shardwise.data.order import sample_index, stream_seed
 from shardwise.errors import DataError
+from tests.examples import examples
 
 
 class Numbers:
@@ -65,7 +66,7 @@ def run(samples: Any, stretches: list[tuple[int, int]], batch: int, seed: int, *
     return log
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.integers(1, 40), st.integers(1, 13), st.integers(0, 99), STRETCHES, SHARDS, st.integers(1, 3))
 def test_each_epoch_has_every_sample_once_whatever_the_ranks(
     count: int, batch: int, seed: int, stretches: list[tuple[int, int]], shards: int | None, microbatches: int
@@ -84,7 +85,7 @@ def test_each_epoch_has_every_sample_once_whatever_the_ranks(
     ]
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.integers(1, 25), st.integers(1, 9), STRETCHES, SHARDS)
 def test_an_iterable_gives_every_sample_once_an_epoch_whatever_the_ranks(
     count: int, batch: int, stretches: list[tuple[int, int]], shards: int | None

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwise.data import encoders, tokens
@@ -23,6 +23,7 @@ from shardwise.data.encoders import LibraryEncoder, WordEncoder
 from shardwise.data.perplexity import table_perplexities
 from shardwise.data.text import text
 from shardwise.errors import DataError
+from tests.examples import examples
 
 WORDS = [
     "the",
@@ -216,7 +217,7 @@ def naive_perplexities(train: list[int], held: list[int], vocab: int) -> tuple[f
 TOKENS = st.lists(st.integers(0, 19), min_size=2, max_size=80)
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(TOKENS, TOKENS, st.sampled_from([np.uint16, np.uint32]), st.integers(1, 7), st.booleans())
 def test_table_perplexities_equal_the_formula(
     tmp_path_factory: pytest.TempPathFactory, train: list[int], held: list[int], dtype: Any, chunk: int, dense: bool
@@ -308,7 +309,7 @@ def trained() -> Any:
     return tokens.train_bpe(iter(texts), 290)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(st.lists(st.lists(CHARACTERS).map("".join), max_size=4))
 def test_looking_words_up_equals_the_library_and_loses_nothing(trained: Any, texts: list[str]) -> None:
     by_word, by_library = WordEncoder(trained, np.uint16), LibraryEncoder(trained, np.uint16)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwise.observe.exchanged import counted_of, exchanged_of, exposed_of
@@ -14,6 +14,7 @@ from shardwise.observe.report import report_html
 from shardwise.observe.summary import Summary, summarise
 from shardwise.observe.text import summary_text
 from shardwise.spec.plan import Prediction
+from tests.examples import examples
 from tests.pure.observe.story import Story
 
 PREDICTED = {"step_s": 0.5, "peak_bytes": 1, "parts_s": {"communication": 0.1}}
@@ -99,7 +100,7 @@ junk = st.recursive(
 )
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(st.lists(st.tuples(st.sampled_from(["connected", "wire", "step"]), junk, junk), max_size=5))
 def test_no_events_can_break_what_is_shown(events: list[tuple[str, Any, Any]]) -> None:
     told = Story().start()

@@ -7,11 +7,12 @@ import json
 import math
 from pathlib import Path
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwise.observe.live import Display, Follow, Tail
 from shardwise.observe.narrate import Narrator, log_line
+from tests.examples import examples
 from tests.pure.observe.story import Story
 
 SHARES = "compute 60 % communicate 20 % (200.0 ms a step) wait 10 %"
@@ -131,7 +132,7 @@ def test_a_file_that_is_not_there_yet_is_followed_once_it_is(tmp_path: Path) -> 
     assert tail.poll() == []
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.lists(st.binary(max_size=40), max_size=8))
 def test_following_gives_every_whole_line_once_however_the_file_grows(tmp_path_factory, pieces: list[bytes]) -> None:
     path = tmp_path_factory.mktemp("f") / "log"
@@ -149,7 +150,7 @@ def test_log_lines_are_printable(line: bytes) -> None:
     assert log_line(line).isprintable()
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.lists(st.floats(0, 20), min_size=1, max_size=40))
 def test_step_lines_are_at_least_five_seconds_apart_but_for_the_last(gaps: list[float]) -> None:
     narrator = Narrator("r", len(gaps))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwise.observe import history
@@ -23,6 +23,7 @@ from shardwise.spec.cluster import Cluster, Device, Link, Node
 from shardwise.spec.files import save
 from shardwise.spec.plan import Plan, Prediction
 from shardwise.spec.profile import BlockProfile, ModelProfile
+from tests.examples import examples
 from tests.pure.observe.story import Story
 
 PREDICTED = Prediction(
@@ -224,7 +225,7 @@ EVENTS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(EVENTS)
 def test_no_events_can_break_what_is_shown(events: list[dict[str, Any]]) -> None:
     told = [json.loads(json.dumps(event)) for event in events]
@@ -243,7 +244,7 @@ def test_no_events_can_break_what_is_shown(events: list[dict[str, Any]]) -> None
         assert all(name and isinstance(value, float) for name, value in scalars(event).items())
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(cut=st.integers(0, 5000), junk=st.binary(max_size=30))
 def test_a_cut_or_altered_file_loses_only_the_lines_it_hits(tmp_path_factory: Any, cut: int, junk: bytes) -> None:
     run = whole_run().write(tmp_path_factory.mktemp("r"))

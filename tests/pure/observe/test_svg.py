@@ -6,7 +6,7 @@ import math
 import re
 from xml.etree import ElementTree
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwise.observe.svg import (
@@ -21,6 +21,7 @@ from shardwise.observe.svg import (
     thin,
     ticks,
 )
+from tests.examples import examples
 
 Y = st.one_of(st.floats(-1e18, 1e18), st.just(math.nan), st.just(math.inf))
 POINTS = st.lists(Y, max_size=30).map(lambda ys: tuple((float(i), y) for i, y in enumerate(ys)))
@@ -33,14 +34,14 @@ def pairs(svg: str) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in (pair.split(",") for pair in raw)]
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(POINTS)
 def test_lines_stay_inside_the_picture(points: tuple[tuple[float, float], ...]) -> None:
     svg = line_plot("<t>", [Series(name="a & b", points=points)], x_label="x")
     assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in pairs(svg))
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.lists(st.tuples(st.floats(0, 10), st.floats(0, 10)), max_size=30))
 def test_stacked_shares_fill_the_whole_height(columns: list[tuple[float, float]]) -> None:
     layers = {"a": [a for a, _ in columns], "b": [b for _, b in columns]}

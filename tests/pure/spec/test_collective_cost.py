@@ -24,7 +24,7 @@ from shardwise.spec.collective_cost import (
 )
 
 PAIRS = [(collective, algorithm) for collective, known in ALGORITHMS.items() for algorithm in known]
-SIZES = [*range(2, 34), 48, 63, 64]
+SIZES = [*range(2, 10), 16, *range(10, 16), *range(17, 34), 48, 63, 64]
 ETHERNET = Path(50e-6, 1.25e8, message_s=20e-6, add_s=1e-10)
 
 
@@ -52,9 +52,10 @@ def _of(step: object, pieces: int) -> tuple[float, float, float, float, float]:
     return len(step.sends), len(step.receives), out, into, adds  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("sizes", [SIZES[:9], pytest.param(SIZES[9:], marks=pytest.mark.slow)], ids=["few", "many"])
 @pytest.mark.parametrize(("collective", "algorithm"), PAIRS)
-def test_costs_are_those_of_the_schedules(collective: str, algorithm: str) -> None:
-    for size in SIZES:
+def test_costs_are_those_of_the_schedules(collective: str, algorithm: str, sizes: list[int]) -> None:
+    for size in sizes:
         found = counted([schedule(collective, algorithm, rank, size) for rank in range(size)])
         assert shape(collective, algorithm, size) == pytest.approx(found), size
 
