@@ -35,11 +35,10 @@ def timeline(title: str, boxes: Sequence[Box], updates: Sequence[tuple[float, in
     parts.append(_text(LEFT - 10, server + 18, "server", "end"))
     for box in boxes:
         parts += _box(box, TOP + box.worker * ROW, scale, until)
-    for when, clock in updates:
-        if when <= until:
-            parts.append(_update(LEFT + when * scale, server, clock))
+    for when, clock in {when: clock for when, clock in updates if when <= until}.items():  # of several at once the last
+        parts.append(_update(LEFT + when * scale, server, clock))
     height = server + ROW + 22
-    names = ["parameters up to date", "1 update old", "2 or more", "not used"]
+    names = ["parameters up to date", "1 update old", "2 or more", "not used (yet)"]
     at = LEFT
     for name, colour in zip(names, [*AGES, GIVEN_UP], strict=True):
         parts.append(f'<rect x="{at}" y="{height - 16}" width="10" height="10" rx="2" fill="{colour}"/>')
