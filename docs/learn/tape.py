@@ -113,26 +113,30 @@ def on_ranks(size: int, function: Callable[[Any], Any]) -> list[Any]:
     port = listener.getsockname()[1]
     done = forked.Event()
 
-    def one(rank: int, answers: Any) -> None:
+    def one(rank: int) -> None:
         torch.set_num_threads(1)
+        for other, (_, writer) in enumerate(pipes):
+            if other != rank:
+                writer.close()  # so that a rank that died is an end of file, and no hang
         store = open_store(listener.detach() if rank == 0 else None, port, rank, size, LIMIT_S)
         mesh = connect(Plan(data=size), rank=rank, world=size, store=store, timeout_s=LIMIT_S)
-        answers.send(function(mesh.axis("data").group))
+        pipes[rank][1].send(function(mesh.axis("data").group))
         done.wait(LIMIT_S)  # the others may still need this one
         mesh.close()
 
     pipes = [forked.Pipe(duplex=False) for _ in range(size)]
-    ranks = [forked.Process(target=one, args=(rank, pipes[rank][1]), daemon=True) for rank in range(size)]
+    ranks = [forked.Process(target=one, args=(rank,), daemon=True) for rank in range(size)]
     for rank in ranks:
         rank.start()
     listener.close()
     for _, writer in pipes:
-        writer.close()  # so that a rank that died is an end of file, and no hang
-    found = [reader.recv() for reader, _ in pipes]
-    done.set()
-    for rank in ranks:
-        rank.join()
-    return found
+        writer.close()
+    try:
+        return [reader.recv() for reader, _ in pipes]
+    finally:
+        done.set()
+        for rank in ranks:
+            rank.join()
 
 
 # Developing: from what each rank noted to what happened.
