@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import xml.etree.ElementTree as xml
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,6 +103,30 @@ def test_a_picture_has_an_arrow_for_each_message_and_a_stripe_for_each_part_of_a
     assert tags.count("polygon") == len(shot.hops) == 12
     cells = [value for states in shot.states for state in states for value in state]
     assert tags.count("rect") == len(cells) + sum(sum(tape.digits(value, 3)) for value in cells)
+
+
+def test_ranks_that_share_memory_read_what_two_shots_send() -> None:
+    import shared
+
+    for size in (3, 5):
+        hops, sums = shared.all_reduce(size)
+        plans = [schedule("all_reduce", "two_shot", rank, size) for rank in range(size)]
+        sent = [
+            (s.round + 1, r, m.peer, m.first, m.last) for r, p in enumerate(plans) for s in p.steps for m in s.sends
+        ]
+        assert [tuple(hop) for hop in hops] == sorted(sent)
+        assert sums == [float("1" * size)] * size
+
+
+def test_the_same_algorithm_twice_is_the_same_film() -> None:
+    """Messages and their order, not times: one rank is slow the second time."""
+    import tape
+
+    def late(tape_of: Any, rank: int, size: int) -> None:
+        time.sleep(0.1 * (rank == 1))
+        by("all_reduce", "tree")(tape_of, rank, size)
+
+    assert tape.film(5, everything(2), by("all_reduce", "tree")) == tape.film(5, everything(2), late)
 
 
 @pytest.mark.parametrize(
