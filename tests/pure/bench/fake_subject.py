@@ -23,7 +23,8 @@ def main(ranks: int, behaviour: str) -> None:
 
 
 def be(rank: int, world: int, behaviour: str) -> None:
-    """`even`: losses 10, 9, 8 ...; `hang:N`, `die:N`: so many steps, then that; `mute`: never connects."""
+    """`even`: losses 10, 9, 8 ...; `hang:N`, `die:N`: so many steps, then that; `mute`: never connects;
+    `drift`: its losses are off by a half."""
     kind, _, number = behaviour.partition(":")
     if kind == "mute":
         time.sleep(600)
@@ -42,7 +43,7 @@ def be(rank: int, world: int, behaviour: str) -> None:
             sys.stderr.write("out of luck\n")
             os._exit(7)
         time.sleep(0.001)
-        return 11.0 - done + rank
+        return 11.0 - done + rank + (0.5 if kind == "drift" else 0.0)
 
     serve(step, rank=rank, world=world, checksum=lambda: float(done), facts={"kind": kind})
 
