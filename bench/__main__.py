@@ -21,6 +21,7 @@ BENCHMARKS = {
     "collectives": "seconds a collective between ranks of one host, against gloo and OpenMPI, 2 and 4 ranks",
     "slow_link": "tokens a second and seconds to a loss over links of 10 Mbit/s and up, against DDP and its hooks",
     "compression": "held-out loss, bytes and computing of compressed gradients, 2 ranks, against an all-reduce",
+    "param_server": "seconds a step with parameter servers, and the fast workers' rate beside one that is slowed 4 x",
     "loader": "tokens a second of packed text from disk, and the memory that a corpus of 2 GB takes",
 }
 

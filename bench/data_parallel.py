@@ -108,8 +108,15 @@ def steps_a_turn(case: Case) -> int:
 
 
 def run_case(case: Case, names: Sequence[str], options: Options, peers: Mapping[str, Peer] = PEERS) -> list[Row]:
-    """Start every system, play the rounds, compare what they computed, end them all."""
+    """One case: the rows of every system, and what they computed compared."""
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
+    return _rows(case, names, peers, *contest(case, names, rounds, peers))
+
+
+def contest(
+    case: Case, names: Sequence[str], rounds: int, peers: Mapping[str, Peer]
+) -> tuple[dict[str, Player], dict[str, Outcome]]:
+    """Start every system that is installed, play the rounds (seconds a step), end them all."""
     steps = steps_a_turn(case)
     say(f"{case}: {rounds} rounds of {steps} steps")
     players: dict[str, Player] = {}
@@ -130,7 +137,7 @@ def run_case(case: Case, names: Sequence[str], options: Options, peers: Mapping[
             close_all(player.subject for player in players.values())
     for name, player in players.items():
         outcomes.setdefault(name, Outcome([math.inf] * rounds, player.note))
-    return _rows(case, names, peers, players, outcomes)
+    return players, outcomes
 
 
 def _rows(

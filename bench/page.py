@@ -21,6 +21,7 @@ MARKS = ("<!-- data_parallel: written by python -m bench.page -->", "<!-- end --
 PLOTTED = {
     "data_parallel": "ratio_to_ddp",
     "slow_link": "time_to_loss",
+    "param_server": "ratio_to_all_reduce",
 }  # the metric of the picture; elsewhere that of the first row
 TABLE = ("| system | metric | median | range or interval | target | |", "|---|---|--:|---|---|---|")
 HEAD = f"""\

@@ -33,4 +33,5 @@ def job() -> sw.TrainJob:
         precision="float32" if case.precision == "float32" else "bfloat16",
         callbacks=(served,),
         save_every=0,  # the peers save nothing either
+        allow=("param_server",),
     )

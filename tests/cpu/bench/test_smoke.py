@@ -129,3 +129,25 @@ def test_slow_link(tmp_path: Path) -> None:
     assert rows[case, "ddp", "waiting_share"]["median"] > 0.5
     assert 10 < rows[case, "ddp", "time_to_loss"]["median"] < 100
     assert not left_over()
+
+
+def test_param_server(tmp_path: Path) -> None:
+    rows = quick("param_server", tmp_path)
+    level, slow = "float32 batch=2", "1 of 3 workers slowed 4 x"
+    sync, stale = "param_server:sync", "param_server:stale"
+    equal = {key: row for key, row in rows.items() if key[0] == level and key[2] != "loss"}
+    assert set(equal) == {
+        (level, "all_reduce", "step_time"),
+        (level, sync, "step_time"),
+        (level, sync, "ratio_to_all_reduce"),
+    }
+    assert_measured(equal)
+    assert rows[level, sync, "step_time"]["agrees"] is True
+    assert rows[level, sync, "loss"]["median"] == pytest.approx(rows[level, "all_reduce", "loss"]["median"], abs=1e-3)
+    assert {key[1:] for key in rows if key[0] == slow} == {
+        *((system, metric) for system in (stale, "alone") for metric in ("fast_worker", "steps", "held_out_loss")),
+        (stale, "ratio_to_alone"),
+    }
+    assert rows[slow, stale, "ratio_to_alone"]["median"] > 0.5, "at the slow worker's pace it would be 0.25"
+    assert rows[slow, stale, "held_out_loss"]["median"] < 4.0  # log(64) = 4.16 is what knowing nothing costs
+    assert not left_over()

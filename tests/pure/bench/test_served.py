@@ -14,9 +14,9 @@ LOOP = """
 import sys
 from types import SimpleNamespace
 from bench.served import Served
-served = Served(lambda: 42.0)
+served = Served(lambda: 42.0, tell=lambda state: {"at": state})
 for step in range(100):
-    served(None, SimpleNamespace(loss=float(step)))
+    served(step, SimpleNamespace(loss=float(step)))
 """
 
 
@@ -39,6 +39,8 @@ def test_the_first_step_counts_as_part_of_the_first_turn(tmp_path: Path) -> None
             assert answer["seconds"][0] > 0
             line.send({"do": "checksum"})
             assert line.receive(10.0) == {"checksum": 42.0}
+            line.send({"do": "tell"})
+            assert line.receive(10.0) == {"at": 3}
             line.send({"do": "stop"})
             assert loop.wait(10.0) == 0
             line.close()
