@@ -21,12 +21,13 @@ CODECS: dict[str, Callable[[float], Codec]] = {
     "bf16": lambda density: Cast(torch.bfloat16),
     "int8": lambda density: Blockwise(8, 256),
     "int4": lambda density: Blockwise(4, 64),
+    "int2": lambda density: Blockwise(2, 256),
     "topk": TopK,
 }
 
 
 def make_codec(method: str, *, density: float = 0.01) -> Codec:
-    """The codec called none, bf16, int8, int4 or topk (which sends the share `density` of all values).
+    """The codec called none, bf16, int8, int4, int2 or topk (which sends the share `density` of all values).
 
     Raises SpecError for another name, and for a density that is no share.
     """

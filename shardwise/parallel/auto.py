@@ -17,12 +17,14 @@ from shardwise.comm.group import Group
 from shardwise.comm.mesh import Mesh
 from shardwise.parallel.alone import Alone
 from shardwise.parallel.loss_band import LossBand
+from shardwise.parallel.moments import has_moments
 from shardwise.parallel.reducer import Named, Reducer
 from shardwise.parallel.synchronise import Kept, KeptByAll, Optimizers, StepTimes, Synchroniser
 from shardwise.plan.auto_sync import Measured, choose
 from shardwise.spec.sync import Sync
 
 SETTLING, MEASURING = 5, 20  # exact steps: those that set things up, and those that are measured
+FEW, LONG_S = 3, 5.0  # so few are measured where the first ones took so many seconds
 PROBES = 5
 PROBE_BYTES = 1 << 18
 
@@ -54,6 +56,7 @@ class AutoSync(Synchroniser):
         self._checking = False
         self._times: list[StepTimes] = []
         self._band = LossBand()
+        self._moments = False
         self._inner = make(self._exact)
 
     @property
@@ -65,15 +68,20 @@ class AutoSync(Synchroniser):
         return self._inner.own_totals
 
     def finish_step(self, optimizers: Optimizers, *, skipped: bool) -> float:
+        self._moments = has_moments(optimizers)
         return self._inner.finish_step(optimizers, skipped=skipped)
 
     def observe(self, times: StepTimes, loss: float) -> None:
         if self._chosen is None:
             self._times.append(times)
-            if len(self._times) == SETTLING + MEASURING:
+            if len(self._times) == SETTLING + MEASURING or (len(self._times) == SETTLING + FEW and self._slow()):
                 self._choose()
         elif self._check_every:
             self._watch(loss)
+
+    def _slow(self) -> bool:
+        seconds = sum(t.work_s + t.wait_s for t in self._times)
+        return largest([seconds], self._group, self._mesh.device)[0] > LONG_S
 
     def _choose(self) -> None:
         measured = self._measure()
@@ -122,7 +130,7 @@ class AutoSync(Synchroniser):
         work, step, small, large = largest([work, step, small, large], self._group, self._mesh.device)
         elements = sum(p.numel() for _, p in self._named() if p.requires_grad)
         bandwidth = PROBE_BYTES / max(1e-9, large - small)
-        return Measured(work, max(step, work), small, bandwidth, elements, self._group.size())
+        return Measured(work, max(step, work), small, bandwidth, elements, self._group.size(), self._moments)
 
     def _probe(self, nbytes: int) -> float:
         """Seconds of an all-reduce of so many bytes: the median of a few."""

@@ -20,6 +20,7 @@ from shardwise.comm.group import Group
 from shardwise.comm.mesh import Axis
 from shardwise.parallel.alone import Alone
 from shardwise.parallel.fragments import Fragment, cut_evenly
+from shardwise.parallel.moments import bounded_moments
 from shardwise.parallel.reducer import Named, Reducer
 from shardwise.parallel.synchronise import Kept, KeptByAll, Optimizers, Synchroniser
 from shardwise.spec.sync import Sync
@@ -63,7 +64,8 @@ class LocalUpdates(Synchroniser):
             (self._reducer.reopen if exact else self._reducer.close)()
 
     def finish_step(self, optimizers: Optimizers, *, skipped: bool) -> float:
-        super().finish_step(optimizers, skipped=skipped)
+        with bounded_moments(optimizers, *self._betas()):
+            super().finish_step(optimizers, skipped=skipped)
         self._steps += 1
         began = time.perf_counter()
         if not self._fragments:
@@ -80,6 +82,9 @@ class LocalUpdates(Synchroniser):
                 if not self._sync.overlap:
                     fragment.arrive(at_once=True)
         return time.perf_counter() - began
+
+    def _betas(self) -> tuple[float, float]:
+        return (self._sync.beta1, self._sync.beta2) if self.own_totals else (0.0, 0.0)
 
     def _part(self) -> None:
         """From here on each replica is on its own; all have the same parameters now."""

@@ -16,7 +16,7 @@ from shardwise.parallel.served import ClockedUpdates, ServedUpdates
 from shardwise.parallel.synchronise import Synchroniser
 from shardwise.spec.sync import Sync
 
-CODECS = {16: "bf16", 8: "int8", 4: "int4"}
+CODECS = {16: "bf16", 8: "int8", 4: "int4", 2: "int2"}
 
 
 def synchroniser(

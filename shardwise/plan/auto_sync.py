@@ -9,17 +9,18 @@ from typing import Literal, NamedTuple
 from shardwise.spec.sync import Sync
 
 ENOUGH = 0.92  # of the rate without any synchronisation: more is not worth changing the numbers for
-CODED_BYTES = {8: 1.01, 4: 0.53}  # of an element in so many bits, with its share of the block's scale
-CODING_S = 5e-9  # seconds to encode, decode and apply an element, on one core
-# Steps of a replica between two meetings, and bits. 1,500 steps of a GPT of 1 M parameters with 2 samples a rank ended
-# 0.6 % below all_reduce's held-out loss with 2 steps, 0.3 % above it with 4 in 4 bits, 4 % above it with 10.
-LOCAL: tuple[tuple[int, Literal[8, 4]], ...] = ((2, 8), (2, 4), (4, 8), (4, 4))
+CODED_BYTES = {8: 1.01, 4: 0.53, 2: 0.26}  # of an element in so many bits, with its share of the block's scale
+CODING_S = 3.5e-9  # seconds to encode, decode and apply an element, on one core
+# Steps of a replica between two meetings, and bits.
+LOCAL: tuple[tuple[int, Literal[8, 4, 2]], ...] = ((2, 8), (2, 4), (2, 2), (3, 2))
+BETA1, BETA2 = 0.8, 0.99  # bounds of Adam's betas while replicas step on their own
 CHECK_SHARE = 0.02  # of the time may go into exact steps that only check
 
 
 class Measured(NamedTuple):
     """Of the first steps, the same on all ranks: seconds of compute (the slowest rank's) and of the whole step in
-    exact mode; of the link, seconds a message and bytes/s of an all-reduce's payload; what is to be sent."""
+    exact mode; of the link, seconds a message and bytes/s of an all-reduce's payload; what is to be sent. `moments`:
+    whether an optimizer has Adam's betas."""
 
     compute_s: float
     step_s: float
@@ -27,6 +28,7 @@ class Measured(NamedTuple):
     bandwidth: float
     elements: int
     ranks: int
+    moments: bool
 
 
 class Choice(NamedTuple):
@@ -46,9 +48,10 @@ def choose(measured: Measured, allow: Sequence[str], exact: Sync) -> Choice:
         coded = Sync(word="compressed", method="int8", bucket_bytes=exact.bucket_bytes)
         rates[coded] = _rate(measured, every=1, bits=8, overlap=0)
     if "local" in allow:
+        beta1, beta2 = (BETA1, BETA2) if measured.moments else (0.0, 0.0)
         for every, bits in LOCAL:
             overlap = every // 2
-            sync = Sync(word="local", method="sgd", every=every, bits=bits, overlap=overlap)
+            sync = Sync(word="local", method="sgd", every=every, bits=bits, overlap=overlap, beta1=beta1, beta2=beta2)
             rates[sync] = _rate(measured, every=every, bits=bits, overlap=overlap)
     chosen = next((sync for sync, rate in rates.items() if rate >= ENOUGH), max(rates, key=lambda sync: rates[sync]))
     exact_s = measured.elements * 4 / measured.bandwidth + 2 * measured.latency_s

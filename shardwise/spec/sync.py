@@ -20,11 +20,11 @@ METHODS: dict[str, dict[str, tuple[str, ...]]] = {
         "powersgd": ("start", "overlap", "rank"),
     },
     "local": {
-        "sgd": ("start", "every", "bits", "overlap"),
-        "diloco": ("start", "every", "bits", "overlap", "outer_lr", "outer_momentum"),
-        "post_local": ("start", "every", "bits", "overlap"),
-        "sparse": ("start", "every", "overlap", "density"),
-        "streaming": ("start", "every", "bits", "overlap", "outer_lr", "outer_momentum", "fragments"),
+        "sgd": ("start", "every", "bits", "overlap", "beta1", "beta2"),
+        "diloco": ("start", "every", "bits", "overlap", "beta1", "beta2", "outer_lr", "outer_momentum"),
+        "post_local": ("start", "every", "bits", "overlap", "beta1", "beta2"),
+        "sparse": ("start", "every", "overlap", "density", "beta1", "beta2"),
+        "streaming": ("start", "every", "bits", "overlap", "beta1", "beta2", "outer_lr", "outer_momentum", "fragments"),
     },
     "param_server": {"sync": ("backup",), "async": (), "stale": ("bound",)},
     "auto": {"": ()},
@@ -39,11 +39,12 @@ class Sync(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     `method` is one of `METHODS[word]`, its first one unless given (with a `bound`: stale). `start` counts the steps
     that are exact before the method begins. Of `compressed`: `density` is the share of elements that top-k sends,
     `rank` PowerSGD's; with `overlap=1` sums arrive a step late. Of `local`: `every` counts the steps of a replica
-    between two synchronisations, `bits` are sent for an element, `overlap` counts the steps during which that is on its
-    way; DiLoCo's outer optimizer (Douillard et al. 2023, algorithm 1) has `outer_lr` and `outer_momentum`; `fragments`
-    of the parameters take turns in streaming DiLoCo (Douillard et al. 2025). Of `param_server`: `bound` counts the
-    clocks that a worker may be ahead of the slowest, `backup` the workers whose gradients of a clock are not waited
-    for. `auto` measures, then picks one.
+    between two synchronisations, `bits` are sent for an element, `overlap` counts the steps during which that is on
+    its way; while replicas step on their own Adam's `betas` are at most `beta1` and at least `beta2` (0: as the job
+    has them); DiLoCo's outer optimizer (Douillard et al. 2023, algorithm 1) has `outer_lr` and `outer_momentum`;
+    `fragments` of the parameters take turns in streaming DiLoCo (Douillard et al. 2025). Of `param_server`: `bound`
+    counts the clocks that a worker may be ahead of the slowest, `backup` the workers whose gradients of a clock are
+    not waited for. `auto` measures, then picks one.
     """
 
     word: Word = "all_reduce"
@@ -52,8 +53,10 @@ class Sync(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     density: float = 0.01
     rank: int = 2
     every: int = 0
-    bits: Literal[32, 16, 8, 4] = 32
+    bits: Literal[32, 16, 8, 4, 2] = 32
     overlap: int = 0
+    beta1: float = 0.0
+    beta2: float = 0.0
     outer_lr: float = 0.7
     outer_momentum: float = 0.9
     fragments: int = 4
@@ -103,6 +106,8 @@ class Sync(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise SpecError(f"sync.density={self.density}: it is the share of elements that are sent, above 0 up to 1.")
         if not self.outer_lr > 0 or not 0 <= self.outer_momentum < 1:
             raise SpecError("sync.outer_lr must be above 0, sync.outer_momentum at least 0 and below 1.")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise SpecError("sync.beta1 and sync.beta2 are Adam's: at least 0 and below 1.")
         self._refuse_overlaps()
 
     def _refuse_overlaps(self) -> None:

@@ -64,6 +64,17 @@ def test_replicas_meet_for_an_exact_step_from_time_to_time() -> None:
     assert [s + 1 for s in range(14) if one[s][0] == two[s][0]] == [1, 2, 3, 4, 8, 11, 14]
 
 
+def test_where_steps_are_long_few_are_enough() -> None:
+    (one, seen), (two, _) = run_ranks(2, run_slowly, 8)
+    assert alike(one, two) == [True] * 3 + [False, False, False, True, False]
+    assert len(seen) == 1
+
+
+def run_slowly(rank: Rank, steps: int) -> Any:
+    auto.FEW, auto.LONG_S = 2, 0.0
+    return run(rank, steps, 0, 0)
+
+
 def test_it_gives_up_when_the_loss_leaves_its_band() -> None:
     found = run_ranks(2, run, 2 * WINDOW + 30, 4, 2 * WINDOW)
     reasons = [e["why"] for _, seen in found for e in seen if e["event"] == "sync_given_up"]

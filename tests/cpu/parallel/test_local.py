@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from shardwise.errors import SpecError
+from shardwise.parallel.moments import bounded_moments
 from shardwise.parallel.parallelize import parallelize
 from shardwise.parallel.step import step
 from shardwise.parallel.synchronise import KeptByAll
@@ -20,11 +22,20 @@ from tests.ranks import Rank, run_ranks
 SAMPLES, STEPS = 8, 13
 
 
-def train(rank: Rank, sync: Sync, steps: int = STEPS) -> Any:
+Betas = tuple[float, float]
+
+
+def optimizer_of(module: nn.Module, betas: Betas | None) -> torch.optim.Optimizer:
+    if betas is None:
+        return torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9)
+    return torch.optim.AdamW(module.parameters(), lr=0.01, betas=betas)
+
+
+def train(rank: Rank, sync: Sync, steps: int = STEPS, betas: Betas | None = None) -> Any:
     module = jobs.net()
     plan = Plan(data=rank.world, precision="float64", sync=sync)
     replica = parallelize(module, plan, rank.mesh(plan))
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9)
+    optimizer = optimizer_of(module, betas)
     apart = []
     for s in range(steps):
         step(replica, [optimizer], jobs.share(s, SAMPLES, rank.rank, rank.world, 1), loss=jobs.loss)
@@ -33,6 +44,7 @@ def train(rank: Rank, sync: Sync, steps: int = STEPS) -> Any:
         agreed = jobs.values(module)
     after = jobs.values(module)
     replica.synchroniser.settle([optimizer])
+    assert betas is None or optimizer.param_groups[0]["betas"] == betas  # as the job has them
     return apart, agreed, after, jobs.values(module)
 
 
@@ -48,11 +60,13 @@ def own_step(module: nn.Module, optimizer: torch.optim.Optimizer, s: int, rank: 
     optimizer.step()
 
 
-def simulate(ranks: int, sync: Sync, steps: int = STEPS) -> tuple[list[list[list[float]]], list[list[float]]]:
+def simulate(
+    ranks: int, sync: Sync, steps: int = STEPS, betas: Betas | None = None
+) -> tuple[list[list[list[float]]], list[list[float]]]:
     """The same in one process, in float64: the replicas' parameters after each step, and their mean at the end."""
     whole = jobs.net().double()
     modules = [copy.deepcopy(whole) for _ in range(ranks)]
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in modules]
+    optimizers = [optimizer_of(m, betas) for m in modules]
     meeting = [p.detach().clone() for p in whole.parameters()]
     outer = torch.optim.SGD(
         [nn.Parameter(m) for m in meeting], lr=sync.outer_lr, momentum=sync.outer_momentum, nesterov=True
@@ -98,6 +112,26 @@ def test_replicas_go_their_own_way_and_meet_like_the_simulated_ones(ranks: int, 
         assert settled == agreed
     assert found[0][0][3] == found[1][0][3]  # where they meet they are alike, to the bit
     assert found[0][0][4] != found[1][0][4]
+
+
+@pytest.mark.parametrize(
+    ("bounds", "own", "bounded"),
+    [((0.5, 0.99), (0.9, 0.95), (0.5, 0.99)), ((0.95, 0.0), (0.9, 0.95), (0.9, 0.95))],
+)
+def test_adams_moments_are_bounded_while_replicas_are_apart(bounds: Betas, own: Betas, bounded: Betas) -> None:
+    sync = Sync(word="local", method="sgd", every=4, beta1=bounds[0], beta2=bounds[1])
+    found = run_ranks(2, train, sync, STEPS, own)
+    history, _ = simulate(2, sync, STEPS, bounded)
+    for rank, (apart, *_) in enumerate(found):
+        for s in range(STEPS):
+            for mine, theirs in zip(apart[s], history[s][rank], strict=True):
+                assert mine == pytest.approx(theirs, abs=1e-9), (s, rank)
+
+
+def test_bounds_of_moments_that_no_optimizer_has_are_refused() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    with pytest.raises(SpecError, match="the job has none"), bounded_moments([optimizer], 0.8, 0.0):
+        pass
 
 
 def exact_start(rank: Rank, sync: Sync) -> Any:
@@ -203,7 +237,7 @@ def still(rank: Rank, sync: Sync) -> Any:
             p.add_(torch.randn_like(p))
     optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
     seen = []
-    for s in range(12):
+    for s in range(60 if sync.bits == 2 else 12):  # outliers go a scale at a time
         step(replica, [optimizer], jobs.share(s, SAMPLES, rank.rank, rank.world, 1), loss=jobs.loss)
         seen.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
     return seen
@@ -215,6 +249,7 @@ def still(rank: Rank, sync: Sync) -> Any:
         Sync(word="local", method="sgd", every=2, bits=16),
         Sync(word="local", method="sgd", every=2, bits=8),
         Sync(word="local", method="sgd", every=2, bits=4, overlap=1),
+        Sync(word="local", method="sgd", every=2, bits=2, overlap=1),
         Sync(word="local", method="sparse", every=2, density=0.25),
         Sync(word="local", method="sparse", every=2, density=0.25, overlap=1),
     ],

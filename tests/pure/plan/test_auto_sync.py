@@ -15,7 +15,7 @@ BOTH = ("local", "compressed")
 
 def measured(mbit: float, *, compute_s: float = 0.025, elements: int = 1_000_000, latency_s: float = 1e-4) -> Measured:
     bandwidth = mbit * 1e6 / 8
-    return Measured(compute_s, compute_s + 4 * elements / bandwidth, latency_s, bandwidth, elements, 2)
+    return Measured(compute_s, compute_s + 4 * elements / bandwidth, latency_s, bandwidth, elements, 2, True)
 
 
 @pytest.mark.parametrize(
@@ -45,9 +45,16 @@ def test_replicas_meet_less_often_the_slower_the_link_is_but_not_too_seldom() ->
     assert all(0 < sync.overlap < sync.every for sync in syncs)
 
 
+def test_adams_moments_are_bounded_where_there_are_any() -> None:
+    with_moments = choose(measured(100), ("local",), EXACT).sync
+    without = choose(measured(100)._replace(moments=False), ("local",), EXACT).sync
+    assert (with_moments.beta1, with_moments.beta2) == (0.8, 0.99)
+    assert (without.beta1, without.beta2) == (0.0, 0.0)
+
+
 def test_it_says_what_it_saw_and_expects() -> None:
     why = choose(measured(100), BOTH, EXACT).why
-    for said in ("25.0 ms", "100 Mbit/s", "So: local sgd every 4 steps in 4 bits"):
+    for said in ("25.0 ms", "100 Mbit/s", "So: local sgd every 2 steps in 2 bits"):
         assert said in why
 
 
