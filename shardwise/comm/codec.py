@@ -10,6 +10,7 @@ from torch import Tensor
 ALIGN = 16  # bytes: payloads laid behind each other can all be viewed as any dtype
 TINY = 2.0**-126  # the smallest scale whose inverse is finite
 TERNARY = 1.534  # times the mean magnitude: for a normal distribution 1.224 standard deviations
+OUTLIER = 0.25  # of the largest magnitude: what is left of it is sent in a few payloads, however small the others are
 CHUNK = 1 << 18  # values encoded at once, so that what comes between stays in the cache
 
 
@@ -52,7 +53,8 @@ class Blockwise:
     block has the largest integer (Dettmers et al. 2022, "8-bit optimizers via block-wise quantization", section 2.1).
 
     A value is off by at most half a scale. With 2 bits the integers are -1, 0 and 1, and larger magnitudes than the
-    scale become the scale, where the squared error of normally distributed values is least (Max 1960, table I).
+    scale become the scale, where the squared error of normally distributed values is least (Max 1960, table I), but at
+    least a quarter of the largest.
     Magnitudes below 2**-127 become zero; a block that holds an infinity or a NaN decodes to nothing finite.
     """
 
@@ -113,8 +115,9 @@ class Blockwise:
     def _scale(self, rows: Tensor) -> Tensor:
         """What the integer 1 stands for in each row, [rows, 1]."""
         if self._bits == 2:
-            mean = rows.new_full((self._block, 1), TERNARY / self._block)
-            return rows.abs() @ mean  # in this order the sum of finite values stays finite
+            sizes = rows.abs()
+            mean = sizes @ rows.new_full((self._block, 1), TERNARY / self._block)  # finite, unlike sizes.sum(1)
+            return torch.maximum(mean, sizes.amax(1, keepdim=True).mul_(OUTLIER))
         largest = torch.maximum(rows.amax(1, keepdim=True), rows.amin(1, keepdim=True).neg_())
         return largest.div_(self._top)
 

@@ -52,7 +52,8 @@ class Fragment:
     def send(self) -> None:
         """Start to tell the others how far this replica is from the meeting point."""
         self.arrive()
-        apart = torch.sub(self.meeting, self._flat())
+        here = self._flat()
+        apart = torch.sub(self.meeting, here, out=here)
         if self._codec is None:
             told, received = apart, apart.clone()
             work = self._group.all_reduce(received, dist.ReduceOp.AVG)
@@ -84,13 +85,16 @@ class Fragment:
     def _mean(self, told: Tensor, received: Tensor) -> Tensor:
         if self._codec is None:
             return received
-        total, one = torch.zeros_like(told), torch.empty_like(told)
+        total, one = torch.empty_like(told), torch.empty_like(told)
         for rank, payload in enumerate(received.view(self._group.size(), -1)):
-            if rank == self._group.rank():
-                total.add_(told)
-            else:
-                self._codec.decode(payload, one)
-                total.add_(one)
+            said = told
+            if rank != self._group.rank():
+                said = one if rank else total
+                self._codec.decode(payload, said)
+            if rank:
+                total.add_(said)
+            elif said is told:
+                total.copy_(told)
         return total.div_(self._group.size())
 
     def _outer_step(self, gradient: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def bound(method: str, values: Tensor) -> Tensor:
     block, top = {"int8": (256, 127), "int4": (64, 7), "int2": (256, 1)}[method]
     padded = torch.nn.functional.pad(values.double().abs(), (0, -values.numel() % block)).view(-1, block)
     if top == 1:  # what is above the scale becomes the scale
-        scale = 1.534 * padded.mean(1, keepdim=True)
+        scale = torch.maximum(1.534 * padded.mean(1, keepdim=True), padded.amax(1, keepdim=True) / 4)
         off = torch.maximum(padded - scale, scale / 2) + scale * 2.0**-7 + 2.0**-127
         return off.reshape(-1)[: values.numel()]
     # Half a step; a scale in bfloat16 is off by 2**-8 of itself at most.

@@ -237,7 +237,7 @@ def still(rank: Rank, sync: Sync) -> Any:
             p.add_(torch.randn_like(p))
     optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
     seen = []
-    for s in range(60 if sync.bits == 2 else 12):  # outliers go a scale at a time
+    for s in range(36 if sync.bits == 2 else 12):  # outliers take several meetings
         step(replica, [optimizer], jobs.share(s, SAMPLES, rank.rank, rank.world, 1), loss=jobs.loss)
         seen.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
     return seen
