@@ -47,6 +47,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         c_void_p,
         [c_void_p, c_int, c_int, c_int, c_int, c_uint64, c_int, c_void_p, c_void_p, c_int, c_void_p, c_void_p],
     ),
+    "shm_begin": (c_void_p, [c_void_p, c_uint64, c_void_p, c_void_p, c_uint64]),
+    "shm_run": (c_void_p, [c_void_p, c_uint64, c_void_p, c_void_p, c_uint64]),
     "shm_message": (c_void_p, [c_void_p, c_int, c_int, c_int64, c_void_p, c_uint64]),
     "shm_wait": (c_int, [c_void_p, c_void_p, c_double]),
     "shm_test": (c_int, [c_void_p, c_void_p]),
@@ -57,7 +59,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "shm_settle": (None, [c_void_p]),
     "shm_leave": (None, [c_void_p]),
     "shm_free": (None, [c_void_p]),
-    "shm_reduce": (None, [c_void_p, c_int, c_void_p, c_int, c_uint64, c_int, c_int]),
+    "shm_reduce": (None, [c_void_p, c_void_p, c_int, c_uint64, c_int, c_int]),
 }
 
 

@@ -162,9 +162,7 @@ def test_the_kernel_reduces_like_torch(dtype: torch.dtype, reduction: Any) -> No
     rows = [data(seed, 0, 2500, dtype) for seed in range(3)]
     out = torch.empty(2500, dtype=dtype)
     pointers = (ctypes.c_void_p * 3)(*[row.data_ptr() for row in rows])
-    kernel().shm_reduce(
-        ctypes.byref(ctypes.c_void_p(out.data_ptr())), 1, pointers, 3, out.nbytes, DTYPES[dtype], REDUCTIONS[reduction]
-    )
+    kernel().shm_reduce(out.data_ptr(), pointers, 3, out.nbytes, DTYPES[dtype], REDUCTIONS[reduction])
     assert torch.equal(out, fold(rows, reduction.name))
 
 
@@ -194,7 +192,7 @@ def test_half_precision_is_rounded_to_nearest_even(dtype: torch.dtype) -> None:
     other = every.roll(12345)
     out = torch.empty_like(every)
     pointers = (ctypes.c_void_p * 2)(every.data_ptr(), other.data_ptr())
-    kernel().shm_reduce(ctypes.byref(ctypes.c_void_p(out.data_ptr())), 1, pointers, 2, out.nbytes, DTYPES[dtype], 0)
+    kernel().shm_reduce(out.data_ptr(), pointers, 2, out.nbytes, DTYPES[dtype], 0)
     expected = (every.float() + other.float()).to(dtype)
     same = (out.view(torch.int16) == expected.view(torch.int16)) | (out.isnan() & expected.isnan())
     assert bool(same.all())
