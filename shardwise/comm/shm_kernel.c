@@ -89,7 +89,7 @@ typedef struct Op {
     uint64_t first, k, phases, chunk;
     int split, shared, streamed;
     char **in, **out;                         /* by rank, where the operation has pieces */
-    uint64_t *in_bytes, *out_bytes;
+    uint64_t *in_bytes, *out_bytes;           /* one after the other */
     int64_t peer, tag;                        /* of a message */
     uint64_t done_bytes;
     int framed;
@@ -420,7 +420,8 @@ static void keep_own(Context *c, Op *o) { /* what a rank sends to itself */
     if (from + bytes <= to || to + bytes <= from) copy(to, from, bytes); else memmove(to, from, bytes);
 }
 
-static uint64_t sizes(Context *c) { return rounded(c->n * sizeof(uint64_t)); } /* in front of each chunk of an all-to-all */
+/* In front of each chunk of an all-to-all: what a rank sends to each, and expects from each. */
+static uint64_t sizes(Context *c) { return rounded(2 * c->n * sizeof(uint64_t)); }
 
 static void begin(Context *c, Op *o) {
     uint64_t cut = c->chunk / c->n / LINE * LINE;
@@ -527,7 +528,7 @@ static void put(Context *c, Op *o, uint64_t phase) {
             if (r != c->rank) lay(o->streamed, to + r * o->chunk, o->in[r] + at, part(o, o->bytes, o->k));
         return;
     case ALL_TO_ALL:
-        if (o->k == 0) copy(to, o->in_bytes, c->n * sizeof *o->in_bytes);
+        if (o->k == 0) copy(to, o->in_bytes, 2 * c->n * sizeof *o->in_bytes); /* and out_bytes */
         for (int r = 0; r < c->n; r++)
             if (r != c->rank && at < o->in_bytes[r]) lay(o->streamed, to + sizes(c) + r * o->chunk, o->in[r] + at, part(o, o->in_bytes[r], o->k));
         return;
@@ -624,10 +625,12 @@ static int same_call(Context *c, int rank, uint64_t phase, const uint64_t *expec
 }
 static int same_size(Context *c, Op *o, int rank, uint64_t phase) {
     if (o->kind != ALL_TO_ALL) return 1;
-    uint64_t sent = ((uint64_t *)data(c, rank, phase))[c->rank];
-    if (sent == o->out_bytes[rank]) return 1;
-    fail(c, "rank %d sends %llu bytes in an all_to_all to rank %d, which expects %llu", c->names[rank],
-         (unsigned long long)sent, c->names[c->rank], (unsigned long long)o->out_bytes[rank]);
+    const uint64_t *sends = (const uint64_t *)data(c, rank, phase), *expects = sends + c->n;
+    int from = sends[c->rank] != o->out_bytes[rank] ? rank : c->rank, to = from == rank ? c->rank : rank;
+    uint64_t sent = from == rank ? sends[c->rank] : o->in_bytes[rank], expected = from == rank ? o->out_bytes[rank] : expects[c->rank];
+    if (sent == expected) return 1;
+    fail(c, "rank %d sends %llu bytes in an all_to_all to rank %d, which expects %llu", c->names[from],
+         (unsigned long long)sent, c->names[to], (unsigned long long)expected);
     return 0;
 }
 static int agreed(Context *c, Op *o, uint64_t phase) {
