@@ -32,6 +32,7 @@ class Done(dist.Work):
 
 
 DONE = Done()
+SUM: Any = dist.ReduceOp.RedOpType.SUM  # compared many times faster than looked up
 
 
 class Direct:
@@ -47,15 +48,15 @@ class Direct:
         self._shm = shm
 
     def in_place(
-        self, op: str, kind: Kind, tensors: Any, opts: Any, reduction: Any = None, root: int = 0
+        self, op: str, kind: int, tensors: Any, opts: Any, reduction: Any = None, root: int = 0
     ) -> dist.Work | None:
         """all_reduce, reduce, broadcast."""
-        tensor = tensors if isinstance(tensors, Tensor) else tensors[0] if len(tensors) == 1 else None
-        code = None if tensor is None else _code(tensor, reduction)
-        if tensor is None or code is None:
+        tensor = tensors[0] if type(tensors) is list and len(tensors) == 1 else tensors
+        code = _code(tensor, reduction) if type(tensor) is not list else None
+        if code is None:
             return None
         at, nbytes = tensor.data_ptr(), tensor.nbytes
-        return self._start(op, (kind | code << 8 | root << 32, at, at, nbytes), nbytes, [tensor], (), opts)
+        return self._start(op, (kind | code << 8 | root << 32, at, at, nbytes), nbytes, tensors, (), opts)
 
     def pieces(
         self,
@@ -118,31 +119,29 @@ class Direct:
     def _start(
         self, op: str, arguments: tuple[int, ...], counted: int, results: list[Any], given: Any, opts: Any
     ) -> dist.Work:
-        perform = self._later if opts.asyncOp else self._now
         if profiling():
             with section("shm", op):
-                return perform(op, arguments, counted, results, given)
-        return perform(op, arguments, counted, results, given)
+                return self._perform(op, arguments, counted, results, given, opts.asyncOp)
+        return self._perform(op, arguments, counted, results, given, opts.asyncOp)
 
-    def _now(self, op: str, arguments: tuple[int, ...], counted: int, results: list[Any], given: Any) -> dist.Work:
-        group = self._group
+    def _perform(
+        self, op: str, arguments: tuple[int, ...], counted: int, results: Any, given: Any, later: bool
+    ) -> dist.Work:
+        group, shm = self._group, self._shm
         with group._lock:
             sequence = group._enter(op, counted)
-        slow = self._shm.run(arguments, given, results)
-        if slow is not None:
-            GuardedWork(group, group._tag(op, sequence), slow, results, on_stream=False).wait()
-        return DONE
-
-    def _later(self, op: str, arguments: tuple[int, ...], counted: int, results: list[Any], given: Any) -> dist.Work:
-        group = self._group
-        with group._lock:
-            sequence = group._enter(op, counted)
-            try:
-                begun = self._shm.begin(arguments, given, results)
-                return GuardedWork(group, group._tag(op, sequence), begun, results, on_stream=False)
-            except ShmFailure as error:
-                failure = error
-        raise group.failed(group._tag(op, sequence), failure) from None
+            begun = shm.begin(arguments, given, results) if later else None
+        if not later:  # others may begin operations while this one waits
+            begun = shm.run(arguments, given, results)
+            if begun is None:
+                return DONE
+        tag = group._tag(op, sequence)
+        if begun is None:
+            raise group.failed(tag, ShmFailure(shm.why()))
+        work = GuardedWork(group, tag, begun, results, on_stream=False)
+        if not later:
+            work.wait()
+        return work
 
 
 def _code(tensor: Tensor, reduction: Any) -> int | None:
@@ -150,7 +149,7 @@ def _code(tensor: Tensor, reduction: Any) -> int | None:
     code = DTYPES.get(tensor.dtype)
     if code is None or not tensor.is_cpu or not tensor.is_contiguous():
         return None
-    if reduction is None:
+    if reduction is None or reduction == SUM:
         return code
     op = reduction.op
     number = REDUCTIONS.get(op)

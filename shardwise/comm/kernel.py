@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import enum
 import functools
+import importlib
 import importlib.machinery
 from ctypes import c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
 NAME = "_shm"
+MODULE = f"shardwise.comm.{NAME}"
 
 
 class Kind(enum.IntEnum):
@@ -82,4 +85,6 @@ def kernel() -> Any:
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
+    with contextlib.suppress(ImportError):  # the same functions without ctypes, where Python's headers were there
+        loaded.__dict__.update({k: v for k, v in vars(importlib.import_module(MODULE)).items() if k in _SIGNATURES})
     return loaded

@@ -293,9 +293,9 @@ class Shm:
         """Do an operation. Its work where it takes long or where the group has failed, None where it has ended."""
         return self._work(self._kernel.shm_run, arguments, given, results)
 
-    def begin(self, arguments: tuple[int, ...], given: Any, results: list[Any]) -> ShmWork:
-        """Start an operation. Raises ShmFailure where the group has failed."""
-        return self._begun(self._kernel.shm_begin, arguments, given, results)
+    def begin(self, arguments: tuple[int, ...], given: Any, results: list[Any]) -> ShmWork | None:
+        """Start an operation; None where the group has failed."""
+        return self._work(self._kernel.shm_begin, arguments, given, results)
 
     def _each(self, works: list[Started]) -> Started:
         return works[0] if len(works) == 1 else Together(works)
