@@ -16,8 +16,11 @@ from bench.rows import Row, other_cases, result, table, write
 
 BENCHMARKS = {
     "data_parallel": "seconds a training step, 2 ranks, against DDP, Accelerate, Lightning, Ray Train and DeepSpeed",
+    "buckets": "seconds a training step by the size of gradient buckets, 2 ranks, shared memory and gloo",
     "startup": "seconds from the shell to the end of step 1, against a bare script, torchrun and accelerate launch",
     "collectives": "seconds a collective between ranks of one host, against gloo and OpenMPI, 2 and 4 ranks",
+    "slow_link": "tokens a second and seconds to a loss over links of 10 Mbit/s and up, against DDP and its hooks",
+    "compression": "held-out loss, bytes and computing of compressed gradients, 2 ranks, against an all-reduce",
     "loader": "tokens a second of packed text from disk, and the memory that a corpus of 2 GB takes",
 }
 

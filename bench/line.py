@@ -6,6 +6,7 @@ A rank connects to the address in its environment, says who it is, and then slee
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import time
@@ -60,13 +61,16 @@ def serve(
     rank: int,
     world: int,
     checksum: Callable[[], float] = lambda: 0.0,
+    evaluate: Callable[[], float] = lambda: math.nan,
+    tell: Callable[[], Message] = dict,
     facts: Message | None = None,
     line: Line | None = None,
 ) -> None:
     """Answer the harness until it says stop or goes away.
 
     `step()` does one whole step and returns its loss (of this rank, or of all); each call is timed by itself.
-    `checksum()` sums what the steps left behind. `facts` go into the first message.
+    `checksum()` sums what the steps left behind, `evaluate()` is the held-out loss, `tell()` what
+    there is to say by then. `facts` go into the first message.
     """
     line = line or connect()
     line.send({"rank": rank, "world": world, "pid": os.getpid(), **(facts or {})})
@@ -75,6 +79,10 @@ def serve(
             line.send(_timed(step, command["steps"]))
         elif command["do"] == "checksum":
             line.send({"checksum": checksum()})
+        elif command["do"] == "evaluate":
+            line.send({"loss": evaluate()})
+        elif command["do"] == "tell":
+            line.send(tell())
         else:
             break
     line.close()

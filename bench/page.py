@@ -18,7 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS, DOCS = ROOT / "bench" / "results", ROOT / "docs"
 README = ROOT / "README.md"
 MARKS = ("<!-- data_parallel: written by python -m bench.page -->", "<!-- end -->")
-PLOTTED = {"data_parallel": "ratio_to_ddp"}  # the metric of the picture; elsewhere that of the first row
+PLOTTED = {
+    "data_parallel": "ratio_to_ddp",
+    "slow_link": "time_to_loss",
+}  # the metric of the picture; elsewhere that of the first row
 TABLE = ("| system | metric | median | range or interval | target | |", "|---|---|--:|---|---|---|")
 HEAD = f"""\
 # Benchmarks
@@ -108,7 +111,9 @@ def section(name: str, document: Mapping[str, Any], picture: Path) -> str:
 
 def _table_line(row: Row) -> str:
     if "missing" in row:
-        return f"| {row['system']} | {row['metric']} | - | | | not installed: `{row['missing']}` |"
+        why = str(row["missing"])
+        said = f"not installed: `{why}`" if "install" in why else why.replace("|", "\\|")
+        return f"| {row['system']} | {row['metric']} | - | | | {said} |"
     spread = ""
     if row.get("low") is not None:
         spread = f"{number(row['low'])} .. {number(row['high'])}"

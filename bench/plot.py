@@ -13,23 +13,37 @@ from shardwise.observe.svg import COLOURS, ticks
 WIDTH, LEFT, RIGHT, LINE, TOP = 720, 210, 24, 20, 34
 GREY = "#7d8590"  # readable on white and on black
 OURS = "shardwise"
+WIDE = 50
 
 
 @dataclass(frozen=True)
 class Axis:
-    """The values at the left and the right end of the picture."""
+    """The values at the left and the right end of the picture; between them equal steps or, if `log`, equal factors."""
 
     low: float
     high: float
+    log: bool = False
 
     def x(self, value: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (min(value, self.high) - self.low) / (self.high - self.low)
+        low, high, at = (math.log(v) if self.log else v for v in (self.low, self.high, self.clipped(value)))
+        return LEFT + (WIDTH - LEFT - RIGHT) * (at - low) / (high - low)
+
+    def clipped(self, value: float) -> float:
+        """A value that is not beyond the ends; a logarithmic axis has no 0."""
+        return min(max(value, self.low), self.high)
+
+    def ticks(self) -> list[float]:
+        if not self.log:
+            return list(ticks(self.low, self.high))
+        first, last = math.ceil(math.log10(self.low)), math.floor(math.log10(self.high))
+        return [10.0**power for power in range(first, last + 1)]
 
 
 def dots(title: str, rows: Sequence[Row]) -> str:
     """Rows of one metric, under a heading for each case. A row that hung says so.
 
-    The axis begins at 0, that of ratios near the smallest; theirs has a line at 1.
+    The axis begins at 0, that of ratios near the smallest; theirs has a line at 1. Where medians of something else
+    differ by more than `WIDE` it is logarithmic.
     """
     shown = [each for each in rows if each["median"] is not None]
     is_ratio = bool(shown) and shown[0]["metric"].startswith("ratio_to_")
@@ -56,6 +70,9 @@ def _axis(rows: Sequence[Row], *, is_ratio: bool) -> Axis:
         ends.append(1.0)
     low = min(ends, default=0.0) if is_ratio else 0.0
     high = max(ends, default=1.0)
+    positive = [value for value in ends if value > 0]
+    if not is_ratio and positive and high > WIDE * min(positive):
+        return Axis(min(positive) / 1.1, high * 1.1, log=True)
     if not high > low:
         low, high = 0.0, max(high, 1.0)
     margin = 0.04 * (high - low)
@@ -87,7 +104,7 @@ def _line(each: Row, y: float, axis: Axis) -> list[str]:
 
 def _grid(axis: Axis, bottom: float, unit: str, *, is_ratio: bool) -> list[str]:
     parts = [_text(WIDTH - RIGHT, TOP - 6, "end", unit)]
-    for value in ticks(axis.low, axis.high):
+    for value in axis.ticks():
         x = axis.x(value)
         thick = 'stroke-width="1.5"' if is_ratio and abs(value - 1.0) < 1e-9 else 'stroke-opacity="0.25"'
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom:.1f}" stroke="{GREY}" {thick}/>')

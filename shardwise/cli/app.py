@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from shardwise.cli import doctor, evaluate, export, new, plan, runs, sample, show, train
+from shardwise.cli import cluster, doctor, evaluate, export, new, plan, runs, sample, show, train
 
 HELP = "Train any PyTorch module on whatever machines there are: job + cluster -> plan -> run -> checkpoint."
 VERBS = (
@@ -20,6 +20,7 @@ VERBS = (
     new.new,
     doctor.doctor,
 )
+GROUPS = {cluster.cluster: (cluster.calibrate,)}  # words that take a verb of their own
 
 
 def build() -> typer.Typer:
@@ -34,6 +35,12 @@ def build() -> typer.Typer:
     app.callback(invoke_without_command=True)(_top)
     for verb in VERBS:
         app.command(verb.__name__)(verb)
+    for group, verbs in GROUPS.items():
+        inner = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
+        inner.callback()(group)
+        for each in verbs:
+            inner.command(each.__name__)(each)
+        app.add_typer(inner, name=group.__name__)
     return app
 
 

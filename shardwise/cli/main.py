@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import sys
 
-EARLY = ("train", "plan")  # these need torch in another process, whose import takes longer than all of the command line
+EARLY = (
+    "train",
+    "plan",
+    "cluster",
+)  # these need torch in another process, whose import takes longer than all of the command line
 
 
 def main(argv: list[str] | None = None) -> None:

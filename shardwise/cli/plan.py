@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
-from shardwise.cli.options import JobFile, PlanText, Sets
-
-Machines = Annotated[str | None, typer.Option("--cluster", metavar="CLUSTER", help="Plan for these machines instead.")]
+from shardwise.cli.options import JobFile, Machines, PlanText, Sets
 
 
 def plan(file: JobFile, sets: Sets = None, plan: PlanText = None, cluster: Machines = None) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from shardwise.cli.options import JobFile, PlanText, Runs, Sets
+from shardwise.cli.options import JobFile, Machines, PlanText, Runs, Sets
 
 On = Annotated[str, typer.Option("--on", metavar="WHERE", help="local, or env: under torchrun, Slurm or MPI.")]
 Resume = Annotated[str | None, typer.Option("--resume", metavar="RUN", help="Go on with this run; latest is one too.")]
@@ -21,6 +21,7 @@ def train(
     args: Words = None,
     sets: Sets = None,
     plan: PlanText = None,
+    cluster: Machines = None,
     on: On = "local",
     resume: Resume = None,
     runs: Runs = Path("runs"),
@@ -31,7 +32,7 @@ def train(
     from shardwise.train import api
 
     told: dict[str, Any] = {"on": on, "resume": resume, "runs": runs, "name": name, "args": args or []}
-    result = api.train(file, sets=sets or [], plan=plan, display=not quiet, **told)
+    result = api.train(file, sets=sets or [], plan=plan, cluster=cluster, display=not quiet, **told)
     if not quiet and result.summary.step:
         from shardwise.cli.console import print_topics
         from shardwise.observe.text import outcome_lines

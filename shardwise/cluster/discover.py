@@ -13,15 +13,12 @@ from pathlib import Path
 from msgspec import Struct
 
 from shardwise import events
+from shardwise.cluster.links import kept, link_of
 from shardwise.cluster.process import Starter
-from shardwise.comm.kernel import library
+from shardwise.comm.kernel import TRANSPORT, library
 from shardwise.errors import ClusterError
-from shardwise.spec.cluster import Cluster, Device, Link, Node
+from shardwise.spec.cluster import Cluster, Device, Node
 
-# Rough: links are measured by a calibration.
-SHARED_LINK = Link(latency_s=20e-6, bandwidth=10e9)  # memory that the ranks share
-LOOPBACK_LINK = Link(latency_s=0.3e-3, bandwidth=0.9e9)  # gloo, where there is no compiled kernel
-GPU_LINK = Link(latency_s=20e-6, bandwidth=20e9)  # PCIe 4.0 x16 as GPUs without NVLink reach it
 _SMI_LIMIT_S = 20.0
 _UNLIMITED = 1 << 60  # cgroup v1 writes "no limit" as a number just below 2^63
 
@@ -46,9 +43,10 @@ def discover(*, probe: bool = True, starter: Starter | None = None, cache: Path 
     With `probe` the peak FLOP/s of each dtype and the memory bandwidth are measured in a child process (a process of
     `starter`, which saves the import of torch, or a fresh one), in two seconds a kind of device; the result is kept in
     `cache` (default: the user's cache folder). Without it, a kept result is used and nothing is measured. This process
-    imports no torch. Raises ClusterError where the probe fails.
+    imports no torch. What `shardwise cluster calibrate` measured here comes along: links and collectives of the
+    transport that ranks would use. Raises ClusterError where the probe fails.
     """
-    from shardwise.cluster.probe import speeds
+    from shardwise.cluster.probe import machine_key, speeds
 
     cores, memory = usable_cores(), usable_memory()
     gpus = find_gpus()
@@ -58,14 +56,24 @@ def discover(*, probe: bool = True, starter: Starter | None = None, cache: Path 
         devices = tuple(_device(gpu.kind, gpu.memory_bytes, measured.get(gpu.kind)) for gpu in gpus)
     else:
         devices = (_device("cpu", memory // cores, measured.get("cpu")),) * cores
+    backend = "nccl" if gpus else host_transport()
+    calibrations = kept(machine_key(cpu_model(), cores, kinds), backend, cache=cache)
     node = Node(
         devices=devices,
-        link=GPU_LINK if gpus else SHARED_LINK if library() else LOOPBACK_LINK,
+        link=link_of(calibrations, backend),
         name=platform.node() or "localhost",
         cores=cores,
         memory_bytes=memory,
     )
-    return Cluster(nodes=(node,))
+    return Cluster(nodes=(node,), calibrations=calibrations)
+
+
+def host_transport() -> str:
+    """What carries tensors in host memory between the ranks of this host: `shm`, `shm-torch` or `gloo`."""
+    wanted = os.environ.get(TRANSPORT, "auto")
+    if wanted == "gloo" or sys.platform != "linux":
+        return "gloo"
+    return "shm" if library() and wanted != "shm-torch" else "shm-torch"
 
 
 def usable_cores(root: Path = Path("/")) -> int:

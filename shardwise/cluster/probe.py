@@ -46,7 +46,7 @@ def speeds(
     empty. A core's figures are its share when all cores work. Raises ClusterError where the measurement fails.
     """
     file = cache or default_cache()
-    key = _key(cpu, cores, gpu_kinds)
+    key = machine_key(cpu, cores, gpu_kinds)
     known = _read(file)
     if key in known or not probe:
         return known.get(key, {})
@@ -191,7 +191,8 @@ def _run_fresh(args: dict[str, Any], log: Path) -> int:
     return run.returncode
 
 
-def _key(cpu: str, cores: int, gpu_kinds: Sequence[str]) -> str:
+def machine_key(cpu: str, cores: int, gpu_kinds: Sequence[str]) -> str:
+    """What decides the figures of a machine: what was measured is kept under this name."""
     try:
         version = metadata.version("torch")
     except metadata.PackageNotFoundError:

@@ -13,25 +13,35 @@ from typing import Any, NamedTuple
 
 import torch.distributed.distributed_c10d as dist
 
+from shardwise.comm.hierarchical import connect_hosts
+from shardwise.comm.interfaces import INTERFACES, asked_for
+from shardwise.comm.kernel import TRANSPORT, TRANSPORTS
 from shardwise.comm.shm_connect import connect_shm
+from shardwise.comm.shm_torch import ShmTorch
+from shardwise.comm.store import host_names
+from shardwise.comm.traffic import TcpSent
 from shardwise.errors import CommError, MissingPackage
-
-TRANSPORT = "SHARDWISE_TRANSPORT"  # auto, shm or gloo: what carries host memory between ranks
 
 
 class Inner(NamedTuple):
     """One backend under a group; `abort(why)` frees every caller that waits in it, `leave()` ends it without an error.
 
-    After `leave` another rank fails only if it waits for something that this one has not sent.
+    After `leave` another rank fails only if it waits for something that this one has not sent. `sent()` is how many
+    bytes left this host's memory for another rank's so far, None where nobody counts.
     """
 
     backend: Any
     abort: Callable[[str], None]
     leave: Callable[[], None]
+    name: str = "custom"
+    sent: Callable[[], int | None] = lambda: None
 
 
 class Membership(NamedTuple):
-    """Who a backend is made for: this rank, its place among `ranks` (global numbers), the limit, gloo's interface."""
+    """Who a backend is made for: this rank, its place among `ranks` (global numbers), the limit, gloo's address.
+
+    `interface` is the name of a network interface and goes before `host`.
+    """
 
     store: dist.Store
     rank: int
@@ -39,43 +49,67 @@ class Membership(NamedTuple):
     timeout_s: float
     host: str | None
     threads: int = 1
+    interface: str = ""
 
 
 def host_memory(who: Membership) -> Inner:
-    """`shm` where all ranks share a host and the compiled kernel is there, else gloo.
+    """`shm` where all ranks share a host, both for ranks on several hosts, else gloo.
 
     `SHARDWISE_TRANSPORT` decides otherwise. Raises CommError where it asks for shm and there is none.
     """
     wanted = os.environ.get(TRANSPORT, "auto")
-    if wanted not in ("auto", "shm", "gloo"):
-        raise CommError(f"{TRANSPORT}={wanted} is none of auto, shm, gloo. Leave it out, or set one of them.")
-    return gloo(who) if wanted == "gloo" else shm(who, otherwise=gloo if wanted == "auto" else None)
+    if wanted not in TRANSPORTS:
+        raise CommError(f"{TRANSPORT}={wanted} is none of {', '.join(TRANSPORTS)}. Leave it out, or set one of them.")
+    if wanted != "auto":
+        return gloo(who) if wanted == "gloo" else shm(who)
+    try:
+        hosts = host_names(who.store, who.rank, len(who.ranks))
+        made = connect_hosts(who, hosts, gloo) if len(set(hosts)) > 1 else None
+    except RuntimeError as error:
+        raise _unreachable(who, error) from None
+    if made is None:
+        return shm(who, otherwise=gloo)
+    return Inner(made, made.abort, made.leave, "hierarchical", made.sent)
 
 
 def shm(who: Membership, otherwise: Callable[[Membership], Inner] | None = None) -> Inner:
-    """Shared memory between the ranks of one host; where they cannot have it `otherwise`, or a CommError."""
+    """Shared memory between the ranks of one host; where they cannot have it `otherwise`, or a CommError.
+
+    With `SHARDWISE_TRANSPORT=shm-torch`, or where one of them has no compiled kernel, all take the path in torch.
+    """
+    compiled = os.environ.get(TRANSPORT) != "shm-torch"
     try:
-        made = connect_shm(who.store, who.rank, who.ranks)
+        made = connect_shm(who.store, who.rank, who.ranks, compiled=compiled)
     except RuntimeError as error:
         raise _unreachable(who, error) from None
     if made is not None:
-        return Inner(made, made.abort, made.leave)
+        name = "shm-torch" if isinstance(made, ShmTorch) else "shm"
+        return Inner(made, made.abort, made.leave, name, lambda: 0)
     if otherwise is not None:
         return otherwise(who)
     raise CommError(
-        "these ranks cannot share memory: they run on different hosts, or as different users, or the package was built "
-        f"without a C compiler. Set {TRANSPORT}=gloo, or install a C compiler and shardwise again."
+        "these ranks cannot share memory: they run on different hosts, or as different users, or one may not look "
+        f"into another's /proc. Set {TRANSPORT}=gloo."
     )
 
 
 def gloo(who: Membership) -> Inner:
-    """A gloo backend on the interface of `who.host`; None leaves the choice to gloo and `GLOO_SOCKET_IFNAME`.
+    """A gloo backend on `who.interface`, those that the environment names, `who.host`, or where the host's name leads.
 
     Raises CommError when the ranks do not find each other in time.
     """
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     make = dist.ProcessGroupGloo
-    options._devices = [make.create_device(hostname=who.host) if who.host else make.create_default_device()]
+    names = [who.interface] if who.interface else asked_for()
+    try:
+        options._devices = [make.create_device(interface=name) for name in names] or [
+            make.create_device(hostname=who.host) if who.host else make.create_default_device()
+        ]
+    except RuntimeError as error:
+        raise CommError(
+            f"gloo cannot listen on {', '.join(names) or who.host or 'this host'}: {str(error).splitlines()[0]}. Check "
+            f"{INTERFACES} and GLOO_SOCKET_IFNAME."
+        ) from None
     options._threads = who.threads
     options._timeout = timedelta(seconds=who.timeout_s)
     before = _connected()
@@ -89,7 +123,7 @@ def gloo(who: Membership) -> Inner:
         _hang_up(sockets)
         _ended.append(backend)
 
-    return Inner(backend, end, end)
+    return Inner(backend, end, end, "gloo", TcpSent(sockets))
 
 
 def nccl(who: Membership) -> Inner:
@@ -102,7 +136,7 @@ def nccl(who: Membership) -> Inner:
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=who.timeout_s)
     backend = dist.ProcessGroupNCCL(who.store, who.rank, len(who.ranks), options)
-    return Inner(backend, lambda why: backend.abort(), backend.abort)
+    return Inner(backend, lambda why: backend.abort(), backend.abort, "nccl")
 
 
 BACKENDS: dict[str, Callable[[Membership], Inner]] = {"cpu": host_memory, "cuda": nccl}

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 import torch.distributed.distributed_c10d as dist
 from torch import Tensor
+from torch.distributed import Work
 
 from shardwise.comm.group import Group
 from shardwise.comm.tree import Node, owners, tree_sum
-from shardwise.comm.work import GuardedWork
 
 
 class TreeSum:
@@ -27,10 +27,10 @@ class TreeSum:
         self._owners = owners(group.size(), total)
         self._simple = group.size() == 2 and all(len(nodes) == 1 for nodes in self._owners.values())
 
-    def start(self, partials: Sequence[Tensor]) -> Exchange:
+    def start(self, partials: Sequence[Tensor]) -> TreeExchange:
         """`partials` are 1-D, alike, and in the order of this rank's nodes; a rank without nodes gives one of zeros."""
         if self._simple:
-            return Exchange(self._group.all_reduce(partials[0]), partials[0], None)
+            return TreeExchange(self._group.all_reduce(partials[0]), partials[0], None)
         ranks, rank = self._group.size(), self._group.rank()
         piece = -(-partials[0].numel() // ranks)
         mine = self._owners[rank]
@@ -44,7 +44,7 @@ class TreeSum:
         arrived = padded.new_empty(sum(received))
         flat = padded.reshape(-1) if mine else padded.new_empty(0)
         work = self._group.all_to_all_single(arrived, flat, received, sent)
-        return Exchange(work, partials[0], (self, arrived, piece))
+        return TreeExchange(work, partials[0], (self, arrived, piece))
 
     def _finish(self, result: Tensor, arrived: Tensor, piece: int) -> None:
         nodes: list[Node] = [node for rank in range(self._group.size()) for node in self._owners[rank]]
@@ -54,10 +54,10 @@ class TreeSum:
         result.copy_(whole[: result.numel()])
 
 
-class Exchange:
+class TreeExchange:
     """A tree sum under way."""
 
-    def __init__(self, work: GuardedWork, result: Tensor, rest: tuple[TreeSum, Tensor, int] | None) -> None:
+    def __init__(self, work: Work, result: Tensor, rest: tuple[TreeSum, Tensor, int] | None) -> None:
         self._work = work
         self._result = result
         self._rest = rest
@@ -72,12 +72,26 @@ class Exchange:
         return self._result
 
 
-def broadcast_all(tensors: Sequence[Tensor], group: Group, *, root: int = 0) -> None:
-    """Give every rank the values of `root`, in place, in one message for each dtype and device."""
+def average_all(tensors: Sequence[Tensor], group: Group) -> None:
+    """Every tensor becomes its mean over the ranks, in place, in one message for each dtype and device."""
+    for alike in _alike(tensors):
+        flat = torch.cat([t.reshape(-1) for t in alike])
+        group.all_reduce(flat, dist.ReduceOp.AVG).wait()
+        for tensor, piece in zip(alike, flat.split([t.numel() for t in alike]), strict=True):
+            tensor.copy_(piece.view_as(tensor))
+
+
+def _alike(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Without their autograd history, together by dtype and device."""
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
         kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
-    for alike in kinds.values():
+    return list(kinds.values())
+
+
+def broadcast_all(tensors: Sequence[Tensor], group: Group, *, root: int = 0) -> None:
+    """Give every rank the values of `root`, in place, in one message for each dtype and device."""
+    for alike in _alike(tensors):
         flat = torch.cat([t.reshape(-1) for t in alike])
         as_bytes = flat.view(torch.uint8) if flat.dtype == torch.bool else flat
         group.broadcast([as_bytes], root=root).wait()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed.distributed_c10d as dist
 from torch import Tensor
 
 from shardwise.comm.kernel import Kind
-from shardwise.comm.shm import BITWISE, DTYPES, REDUCTIONS, Shm
+from shardwise.comm.shm import BITWISE, DTYPES, OPERATIONS, REDUCTIONS, Shm
 from shardwise.comm.shm_work import ShmFailure
 from shardwise.comm.work import GuardedWork, profiling, section
 
@@ -32,7 +33,7 @@ class Done(dist.Work):
 
 
 DONE = Done()
-SUM: Any = dist.ReduceOp.RedOpType.SUM  # compared many times faster than looked up
+SUM = OPERATIONS.SUM  # compared many times faster than looked up
 
 
 class Direct:
@@ -132,7 +133,9 @@ class Direct:
             sequence = group._enter(op, counted)
             begun = shm.begin(arguments, given, results) if later else None
         if not later:  # others may begin operations while this one waits
+            began = perf_counter()
             begun = shm.run(arguments, given, results)
+            group.waits.add(perf_counter() - began)
             if begun is None:
                 return DONE
         tag = group._tag(op, sequence)

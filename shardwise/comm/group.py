@@ -24,11 +24,18 @@ from shardwise.comm.kernel import Kind
 from shardwise.comm.shm import Shm
 from shardwise.comm.shm_work import ShmFailure
 from shardwise.comm.store import LOOPBACK, first_line
+from shardwise.comm.waits import Waits
 from shardwise.comm.work import GuardedWork, Tag, profiling, section
+from shardwise.comm.worker import Unhurried
 from shardwise.errors import CommError
 
 NAME, SHM = "shardwise", "shm"
 REMEMBERED = 64
+UNHURRIED = (
+    "send",
+    "recv",
+    "reduce_scatter",
+)  # of gloo: a wait for these must not run out, or does not say how it ended
 REPORT_S = 0.5  # how long a failed rank waits for the others to report, to say who did not
 
 
@@ -51,7 +58,8 @@ class Group(dist.ProcessGroup):
 
     Operations of all threads pass one lock and get one sequence number, so every rank issues them in one order.
     `step` is set by the caller and only tags errors. `wire` counts, for each operation, messages and the bytes handed
-    to the backend on this rank. After a failure or `abort` every call raises CommError: a new Group is needed.
+    to the backend on this rank; `waits` how long callers waited. After a failure or `abort` every call raises
+    CommError: a new Group is needed.
     """
 
     def __init__(
@@ -80,8 +88,9 @@ class Group(dist.ProcessGroup):
         self.settings = settings
         self.step = 0
         self.wire: dict[str, tuple[int, int]] = {}
+        self.waits = Waits()
         memory = inners["cpu"].backend if "cpu" in inners else None
-        self._direct = Direct(self, memory) if isinstance(memory, Shm) else None
+        self._direct = Direct(self, memory) if type(memory) is Shm else None
         kinds = {"cpu": dist.ProcessGroup.BackendType.GLOO, "cuda": dist.ProcessGroup.BackendType.NCCL}
         for device, inner in inners.items():
             if isinstance(inner.backend, NativeBackend):  # what is not overridden below falls through to it
@@ -104,6 +113,16 @@ class Group(dist.ProcessGroup):
     def setGroupDesc(self, desc: str) -> None:
         self._desc = desc
 
+    @property
+    def transport(self) -> str:
+        """What moves tensors of this mesh's device: `shm`, `shm-torch`, `gloo`, `nccl`."""
+        return self._inners[self.settings.devices[-1]].name
+
+    def sent(self) -> int | None:
+        """Bytes that left this host's memory for other ranks, where every backend counts them."""
+        counts = [inner.sent() for inner in self._inners.values()]
+        return None if None in counts else sum(filter(None, counts))
+
     def _set_sequence_number_for_group(self) -> None:
         return None
 
@@ -112,6 +131,11 @@ class Group(dist.ProcessGroup):
     @property
     def aborted(self) -> bool:
         return self._why_aborted is not None
+
+    @property
+    def why_aborted(self) -> str:
+        """Why no operation can be started any more; empty while it can."""
+        return self._why_aborted or ""
 
     def abort(self, why: str = "it was aborted on this rank") -> None:
         """Free every caller that waits in this group, on this rank and (their connections end) on the others.
@@ -139,7 +163,8 @@ class Group(dist.ProcessGroup):
 
     def failed(self, tag: Tag, error: BaseException) -> CommError:
         """Abort after a failure of the backend, and say which ranks did not report."""
-        self.abort(f"{tag.op} number {tag.sequence} failed")
+        why = str(error) if isinstance(error, ShmFailure) else first_line(error).rstrip(".")
+        self.abort(f"{tag.op} number {tag.sequence}{self._whom(tag)} failed: {why}")
         if isinstance(error, ShmFailure):  # it names the rank, and came at once
             return CommError(f"{self._describe(tag)} failed: {error}. An aborted group is never used again.")
         return CommError(f"{self._describe(tag)} failed: {first_line(error)} {self._blame()}")
@@ -151,9 +176,12 @@ class Group(dist.ProcessGroup):
 
     def _describe(self, tag: Tag) -> str:
         return (
-            f"{tag.op} number {tag.sequence} of group '{self._desc}' "
+            f"{tag.op} number {tag.sequence}{self._whom(tag)} of group '{self._desc}' "
             f"(generation {tag.generation}, step {tag.step}) on rank {self.ranks[self.rank()]}"
         )
+
+    def _whom(self, tag: Tag) -> str:
+        return "" if tag.peer is None else f" {'to' if tag.op == 'send' else 'from'} rank {self.ranks[tag.peer]}"
 
     def _report(self, why: str) -> None:
         self._store.set(f"failed/{self.rank()}", why)
@@ -200,35 +228,39 @@ class Group(dist.ProcessGroup):
                 return shared
         return torch.zeros(numel, dtype=dtype, device=device)
 
-    def _enter(self, op: str, nbytes: int) -> int:
+    def _enter(self, op: str, nbytes: int, peer: int | None = None) -> int:
         """The number of an operation that begins now; the caller holds the lock. Raises CommError after an abort."""
         self._sequence += 1
         if self._why_aborted is not None:
-            raise self.aborted_error(self._tag(op, self._sequence))
+            raise self.aborted_error(self._tag(op, self._sequence, peer))
         self._recent.append((self._sequence, op))
         messages, moved = self.wire.get(op, (0, 0))
         self.wire[op] = (messages + 1, moved + nbytes)
         return self._sequence
 
-    def _tag(self, op: str, sequence: int) -> Tag:
-        return Tag(self.settings.generation, self.step, sequence, op)
+    def _tag(self, op: str, sequence: int, peer: int | None = None) -> Tag:
+        return Tag(self.settings.generation, self.step, sequence, op, peer)
 
-    def _run(self, op: str, tensors: Any, call: Callable[[Any], Any]) -> GuardedWork:
-        """Issue one operation: `call(backend)` returns the backend's work. `tensors` are what it sends or receives."""
+    def _run(self, op: str, tensors: Any, call: Callable[[Any], Any], peer: int | None = None) -> GuardedWork:
+        """Issue one operation: `call(backend)` returns the backend's work. `tensors` are what it sends or receives,
+        `peer` is whom a message goes to or comes from."""
         if self._direct is not None and profiling():
             with section("shm", op):
-                return self._issue(op, tensors, call)
-        return self._issue(op, tensors, call)
+                return self._issue(op, tensors, call, peer)
+        return self._issue(op, tensors, call, peer)
 
-    def _issue(self, op: str, tensors: Any, call: Callable[[Any], Any]) -> GuardedWork:
+    def _issue(self, op: str, tensors: Any, call: Callable[[Any], Any], peer: int | None) -> GuardedWork:
         flat = _flat(tensors)
         with self._lock:
-            sequence = self._enter(op, sum(t.nbytes for t in flat))
+            sequence = self._enter(op, sum(t.nbytes for t in flat), peer)
             device = flat[0].device.type if flat else next(iter(self._inners))
             inner = self._inner_for(device)
-            tag = self._tag(op, sequence)
+            tag = self._tag(op, sequence, peer)
             try:
-                return GuardedWork(self, tag, call(inner), tensors, on_stream=device != "cpu")
+                work = call(inner)
+                if op in UNHURRIED and self._inners[device].name == "gloo":
+                    work = Unhurried(work, flat)
+                return GuardedWork(self, tag, work, tensors, on_stream=device != "cpu")
             except RuntimeError as error:
                 failure = error
         raise self.failed(tag, failure) from None
@@ -371,10 +403,10 @@ class Group(dist.ProcessGroup):
         )
 
     def send(self, tensors: Any, dst: int, tag: int = 0) -> dist.Work:
-        return self._run("send", tensors, lambda inner: inner.send(tensors, dst, tag))
+        return self._run("send", tensors, lambda inner: inner.send(tensors, dst, tag), dst)
 
     def recv(self, tensors: Any, src: int, tag: int = 0) -> dist.Work:
-        return self._run("recv", tensors, lambda inner: inner.recv(tensors, src, tag))
+        return self._run("recv", tensors, lambda inner: inner.recv(tensors, src, tag), src)
 
     def recv_anysource(self, tensors: Any, tag: int = 0) -> dist.Work:
         return self._run("recv", tensors, lambda inner: inner.recv_anysource(tensors, tag))

@@ -14,6 +14,8 @@ from typing import Any
 
 NAME = "_shm"
 MODULE = f"shardwise.comm.{NAME}"
+TRANSPORT = "SHARDWISE_TRANSPORT"  # what carries host memory between ranks: one of
+TRANSPORTS = ("auto", "shm", "shm-torch", "gloo")  # shm-torch: shared memory without the compiled kernel
 
 
 class Kind(enum.IntEnum):

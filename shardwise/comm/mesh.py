@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.distributed_c10d as dist
 
 from shardwise.comm.group import NAME, Group, GroupSettings, register
 from shardwise.comm.store import own_address
+from shardwise.comm.traffic import described
 from shardwise.errors import ClusterError, CommError, SpecError
 from shardwise.spec.plan import AXES, Plan
 
@@ -46,14 +47,31 @@ class Mesh:
         place = self.plan.coordinates(self.rank)[name]
         return Axis(name, place, getattr(self.plan, name), self._groups.get(name))
 
-    def second_group(self, name: str) -> Group | None:
+    def second_group(self, name: str, purpose: str = "statistics") -> Group | None:
         """A further group over the ranks of an axis, with an order of its own; every rank of the mesh must call it."""
         lines = _lines(self.plan, name)
         if len(lines[0]) == 1:
             return None
-        made = _make_groups(lines, self.rank, f"{name} statistics", self._groups[name].settings)
+        made = _make_groups(lines, self.rank, f"{name} {purpose}", self._groups[name].settings)
         self._extra.append(made)
         return made
+
+    def axes(self) -> list[dict[str, Any]]:
+        """For each axis longer than one rank its name, its length and its backend, as an event tells it."""
+        return [
+            {"axis": name, "ranks": group.size(), "backend": group.transport} for name, group in self._groups.items()
+        ]
+
+    def traffic(self) -> list[dict[str, Any]]:
+        """For each group what this rank exchanged in it, as an event tells it (`traffic.described`).
+
+        What its connections carried is as of the last call while they stood: call it before the others may leave.
+        """
+        return [described(group) for group in self._each_group()]
+
+    def waited_s(self) -> float:
+        """Seconds that this thread has waited for the operations of all groups so far."""
+        return sum(group.waits.seconds() for group in self._each_group())
 
     def wire(self) -> dict[str, tuple[int, int]]:
         """For each operation: how often it was called on this rank, and the bytes handed to the backend."""

@@ -15,6 +15,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from shardwise.errors import CommError
 
 LOOPBACK = "127.0.0.1"
+HOST = "SHARDWISE_HOST"  # the name of the host that this rank is to believe it is on
 
 
 def listen(host: str = LOOPBACK, port: int = 0) -> socket.socket:
@@ -95,17 +96,23 @@ def own_address(store: Store, rank: int, world: int) -> str:
     while isinstance(inner, PrefixStore):
         inner = inner.underlying_store
     host = inner.host if isinstance(inner, TCPStore) else LOOPBACK
-    store.set(f"host/{rank}", _host_name())
-    hosts = {bytes(store.get(f"host/{r}")) for r in range(world)}
-    if len(hosts) == 1:
+    if len(set(host_names(store, rank, world))) == 1:
         return LOOPBACK
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, 9))  # sends nothing; the system picks the interface towards the store
         return str(probe.getsockname()[0])
 
 
+def host_names(store: Store, rank: int, world: int) -> list[bytes]:
+    """For each rank the name of its host: unlike for different hosts and network namespaces of one host. Collective.
+
+    `SHARDWISE_HOST` gives a rank another one: ranks of one machine can be made to behave as if they were on several.
+    """
+    store.set(f"host/{rank}", os.environ.get(HOST) or _host_name())
+    return [bytes(store.get(f"host/{r}")) for r in range(world)]
+
+
 def _host_name() -> str:
-    """Unlike for different hosts, and for different network namespaces of one host."""
     parts = [socket.gethostname()]
     for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/net"):
         with contextlib.suppress(OSError):

@@ -27,6 +27,7 @@ class Tag(NamedTuple):
     step: int
     sequence: int
     op: str
+    peer: int | None = None
 
 
 def section(backend: str, op: str, what: str = "") -> torch.profiler.record_function:
@@ -84,10 +85,18 @@ class GuardedWork(dist.Work):
         if self._on_stream:
             if self._group.aborted:
                 raise self._group.aborted_error(self._tag)
-            return self._end()
+            with self._group.waits.on_stream():
+                return self._end()
+        began = time.perf_counter()
+        try:
+            return self._wait(timeout)
+        finally:
+            self._group.waits.add(time.perf_counter() - began)
+
+    def _wait(self, timeout: timedelta) -> bool:
         limit = timeout.total_seconds() or self._group.timeout_s
         began = time.monotonic()
-        if isinstance(self._inner, ShmWork) and self._ends_within(min(limit, SLICE_S)):
+        if isinstance(self._inner, ShmWork) and self._ends_within(self._inner, min(limit, SLICE_S)):
             return True
         deadline = began + limit
         while True:
@@ -103,11 +112,11 @@ class GuardedWork(dist.Work):
             if time.monotonic() >= deadline:
                 raise self._group.timed_out(self._tag, limit)
 
-    def _ends_within(self, seconds: float) -> bool:
+    def _ends_within(self, inner: ShmWork, seconds: float) -> bool:
         if not profiling():
-            return bool(self._inner.ends_within(seconds))
+            return inner.ends_within(seconds)
         with section("shm", self._tag.op, " wait"):
-            return bool(self._inner.ends_within(seconds))
+            return inner.ends_within(seconds)
 
     def _end(self) -> bool:
         """Of an operation that has ended: it may have done so, and well, just after a slice of the wait ran out."""

@@ -18,6 +18,7 @@ from shardwise.data.workers import in_workers
 from shardwise.errors import DataError
 
 TIMEOUT_S = 600.0
+PREFETCH = 2  # steps made ahead
 T = TypeVar("T")
 Made = tuple[Any, list[int]]
 
@@ -88,15 +89,18 @@ def open_batches(
     logical_shards: int | None = None,
     microbatches: int = 1,
     workers: int = 0,
-    prefetch: int = 2,
+    prefetch: int = PREFETCH,
     timeout_s: float = TIMEOUT_S,
+    share: Callable[[int], range] | None = None,
 ) -> Batches:
     """This rank's batches of the steps `start_step` ... `steps` - 1 (without end when None).
 
     Which samples a step has depends on `seed` and the step alone. With `logical_shards` (exact mode) there is one
     micro-batch for each owned shard, else the rank's slice in `microbatches` pieces. Up to `prefetch` steps are made
     ahead: in a thread, or in `workers` processes, in which the user's code runs. With workers=0 the user's code runs
-    in the caller's thread when its step comes, since it may draw from the process's random generators.
+    in the caller's thread when its step comes, since it may draw from the process's random generators. `share` says of
+    each step, in order and from the thread that makes it, which of its samples this rank computes instead of its slice;
+    with `workers` at least one.
     Raises DataError, here or from the iterator, which names the sample.
     """
     number = None if isinstance(samples, Stream) else len(samples)
@@ -112,7 +116,18 @@ def open_batches(
         start_step=start_step,
         steps=steps,
     )
-
+    if share is not None:
+        todo = schedule.shared_tasks(
+            share,
+            samples=number,
+            global_batch=global_batch,
+            seed=seed,
+            rank=rank,
+            ranks=ranks,
+            microbatches=microbatches,
+            start_step=start_step,
+            steps=steps,
+        )
     made = _maker(samples, todo, workers if cuts else 0, prefetch * max(1, len(cuts)), seed, _local_step)
     inline = samples.user_code and not workers
     return Batches(_ahead(made, inline=inline, prefetch=prefetch, timeout_s=timeout_s), start_step)
@@ -125,7 +140,7 @@ def eval_batches(
     rank: int,
     ranks: int,
     workers: int = 0,
-    prefetch: int = 2,
+    prefetch: int = PREFETCH,
     timeout_s: float = TIMEOUT_S,
 ) -> Iterator[Any]:
     """Batches in which every sample occurs exactly once over all ranks; ranks may get different numbers of them.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -50,6 +50,34 @@ def cuts_of(global_batch: int, rank: int, ranks: int, logical_shards: int | None
     mine = order.rank_slice(global_batch, ranks, rank)
     pieces = order.shard_slices(len(mine), min(microbatches, len(mine))) if mine else []
     return [Cut(range(mine.start + piece.start, mine.start + piece.stop), None) for piece in pieces]
+
+
+def shared_tasks(
+    share: Callable[[int], range],
+    *,
+    samples: int | None,
+    global_batch: int,
+    seed: int,
+    rank: int,
+    ranks: int,
+    microbatches: int,
+    start_step: int,
+    steps: int | None,
+) -> Iterator[StepTasks]:
+    """The tasks of each step where `share(step)` says which of its samples this rank computes.
+
+    No micro-batch is larger than those of equal shares, in `microbatches` pieces, would be.
+    """
+    largest = -(-global_batch // (ranks * microbatches))
+    step = start_step
+    while steps is None or step < steps:
+        mine = share(step)
+        pieces = order.shard_slices(len(mine), max(microbatches, -(-len(mine) // largest)))
+        cuts = [Cut(range(mine.start + piece.start, mine.start + piece.stop), None) for piece in pieces if piece]
+        yield from tasks(
+            cuts, samples=samples, global_batch=global_batch, seed=seed, rank=rank, start_step=step, steps=step + 1
+        )
+        step += 1
 
 
 def tasks(

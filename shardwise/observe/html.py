@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from shardwise.events import Event
+from shardwise.observe.exchanged import axes_text, exposed_text
 from shardwise.observe.history import amount, committed, finite, number, whole
 from shardwise.observe.summary import PARTS, Compared, Summary, step_parts, tokens
 from shardwise.observe.svg import Series, line_plot, smooth, split_bar, stacked_plot
@@ -55,10 +56,12 @@ def summary_rows(summary: Summary) -> list[Row]:
         ("job", summary.job),
         ("parameters", parameters_text(summary.parameters)),
         ("plan", summary.plan),
+        ("mesh", axes_text(summary.axes)),
         ("data", facts_text(summary.facts)),
         ("loss", loss_text(summary)),
         ("held out", held_out_text(summary)),
         ("rate", rate_text(summary)),
+        ("exposed", exposed_text(summary.exposed) if summary.exposed else ""),
         ("peak memory", memory),
         *(("resumed", text) for text in summary.resumed),
         ("failed", summary.failure),
@@ -81,6 +84,24 @@ def compared_table(compared: Sequence[Compared]) -> str:
         shown = format_seconds if row.unit == "s" else format_bytes
         rows.append((row.name, shown(row.predicted), shown(row.measured), ratio(row)))
     return table(rows, head=("", "predicted", "measured", "ratio")) if rows else ""
+
+
+def exchanged_table(summary: Summary) -> str:
+    """What the ranks exchanged by axis and operation; empty when it was not recorded."""
+    rows: list[Row] = [
+        (
+            one.axis,
+            one.backend,
+            one.operation,
+            str(one.messages),
+            format_bytes(one.num_bytes),
+            format_bytes(one.sent_bytes),
+        )
+        for one in summary.exchanged
+    ]
+    rows += [(axis, "", "all, counted", "", "", format_bytes(sent)) for axis, sent in summary.counted_bytes.items()]
+    head = ("axis", "backend", "operation", "calls", "bytes handed over", "sent (estimate)")
+    return table(rows, head=head)
 
 
 def table(rows: Sequence[Row], head: Row = ()) -> str:

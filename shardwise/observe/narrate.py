@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Struct
 
 from shardwise.events import Event
+from shardwise.observe.exchanged import axes_of, axes_text
 from shardwise.observe.history import ESCAPE, amount, finite, number, whole, word
 from shardwise.observe.summary import PARTS, evaluation_of, facts_of, inside_run, step_parts, tokens, warning_text
 from shardwise.observe.text import evaluation_words, facts_text, figure, labelled, parameters_text, percent, plural
@@ -76,7 +77,7 @@ class Narrator:
                 return labelled(
                     [(word(event, "status") or "finished", f"at step {whole(event, 'step')}{_took(event)}")]
                 )
-        return labelled([("warning", warning_text(event))])
+        return labelled([("mesh", axes_text(axes_of([event]))), ("warning", warning_text(event))])
 
     def status(self) -> Status:
         """Where the run stands after the last step event."""
@@ -108,7 +109,9 @@ class Narrator:
         if step_s is None:
             return ""
         total = f", {self.of_steps} steps in {format_seconds(step_s * self.of_steps)}" if self.of_steps else ""
-        return f"{format_seconds(step_s)} a step, {format_bytes(min(predicted.peak_bytes, 1e18))} a rank{total}"
+        exposed_s = finite(predicted.parts_s, "communication")
+        of_it = f" ({format_seconds(exposed_s)} of it exposed communication)" if exposed_s else ""
+        return f"{format_seconds(step_s)} a step{of_it}, {format_bytes(min(predicted.peak_bytes, 1e18))} a rank{total}"
 
     def _data(self, event: Event) -> list[str]:
         return labelled([("data", f"{facts_text(self.facts) or 'ready'}{_took(event)}")])
@@ -151,7 +154,10 @@ class Narrator:
         seconds = sum(totals.values())
         if not seconds:
             return ""
-        return " ".join(f"{part} {percent(totals[part] / seconds)}" for part in ("compute", "communicate", "wait"))
+        words = {part: f"{part} {percent(totals[part] / seconds)}" for part in ("compute", "communicate", "wait")}
+        if totals["communicate"]:
+            words["communicate"] += f" ({format_seconds(totals['communicate'] / len(self._window))} a step)"
+        return " ".join(words.values())
 
     def _left(self, event: Event) -> str:
         """Steps to go times the wall seconds a step so far, evaluations and checkpoints among them."""
@@ -168,7 +174,7 @@ class Narrator:
 
 
 def step_line(status: Status) -> str:
-    """`step 120/400   loss 3.412   14.1 k tokens/s   compute 81 % communicate 9 % wait 0 %   2 min 13 s left`."""
+    """`step 120/400   loss 3.412   9 k tokens/s   compute 81 % communicate 9 % (9.7 ms a step) wait 0 %`."""
     done = (
         str(status.step) if status.of_steps is None else f"{status.step:>{len(str(status.of_steps))}}/{status.of_steps}"
     )

@@ -13,6 +13,7 @@ from shardwise.observe import history
 from shardwise.observe.html import (
     Row,
     compared_table,
+    exchanged_table,
     loss_plot,
     parts_plot,
     rate_plot,
@@ -73,6 +74,7 @@ def report_html(summary: Summary, found: Sequence[Event], job: Mapping[str, Any]
         f"<div class='plots'>{plots}</div>",
         _section("Summary", table(summary_rows(summary)[1:])),
         _section("Predicted and measured", compared_table(summary.compared)),
+        _section("Exchanged, over all ranks", exchanged_table(summary)),
         _section("Evaluations", _evaluations(found)),
         _section("Checkpoints", _checkpoints(summary)),
         _section("Job", _job(job)),

@@ -14,6 +14,7 @@ from msgspec import Struct
 from shardwise.errors import SpecError
 from shardwise.events import Event
 from shardwise.observe import history, runs
+from shardwise.observe.exchanged import Axis, Exchanged, Exposed, axes_of, counted_of, exchanged_of, exposed_of
 from shardwise.observe.history import amount, committed, finite, named, number, printable, whole, word
 from shardwise.spec.cluster import Cluster
 from shardwise.spec.files import load
@@ -99,6 +100,10 @@ class Summary(Struct, frozen=True, kw_only=True):
     run_seconds: dict[str, float]
     peak_bytes: dict[int, int]
     compared: tuple[Compared, ...]
+    axes: tuple[Axis, ...]
+    exposed: Exposed | None
+    exchanged: tuple[Exchanged, ...]
+    counted_bytes: dict[str, int]
     checkpoints: tuple[Checkpoint, ...]
     resumed: tuple[str, ...]
     skipped: int
@@ -151,6 +156,8 @@ def summarise(
     facts = facts_of((named(found, "data_ready") or [{}])[-1])
     rate = _rate(steps, plan, cluster, profile, text="tokens" in facts)
     memory = _peak_bytes(found)
+    predicted = _prediction(started, plan)
+    ranks = whole(started, "ranks") or (plan.ranks if plan else None)
     return Summary(
         path=str(run),
         run=word(started, "run") or run.name,
@@ -158,7 +165,7 @@ def summarise(
         job=word(started, "job"),
         parameters=parameters_of(job or {}),
         plan=str(plan) if plan else word(started, "plan"),
-        ranks=whole(started, "ranks") or (plan.ranks if plan else None),
+        ranks=ranks,
         step=whole(steps[-1], "step") or 0 if steps else 0,
         of_steps=whole(started, "steps"),
         seconds=_wall_seconds(found),
@@ -170,7 +177,11 @@ def summarise(
         time=_shares(steps),
         run_seconds=_run_seconds(found, steps),
         peak_bytes=memory,
-        compared=_compared(_prediction(started, plan), rate, steps, memory),
+        compared=_compared(predicted, rate, steps, memory),
+        axes=axes_of(found),
+        exposed=exposed_of(steps, predicted, ranks),
+        exchanged=exchanged_of(found),
+        counted_bytes=counted_of(found),
         checkpoints=_checkpoints(run, found),
         resumed=tuple(_resumed(event) for event in named(found, "resumed")),
         skipped=sum(event.get("skipped") is True for event in steps),
@@ -412,6 +423,10 @@ def warning_text(event: Event) -> str:
             return f"checkpoint {word(event, 'path')} is damaged: {word(event, 'why')}"
         case "non_finite":
             return f"loss or gradient not finite in step {at}, samples {_samples(event)}"
+        case "sync_chosen":
+            return f"sync=auto: {word(event, 'why')}"
+        case "sync_given_up":
+            return f"sync=auto went back to all_reduce: {word(event, 'why')}"
         case "early_stop":
             best = whole(event, "best_step")
             since = "" if best is None else f" since step {best}"

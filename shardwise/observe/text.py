@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shardwise.observe.exchanged import axes_text, exchanged_lines, exposed_text
 from shardwise.observe.history import finite, printable, whole
 from shardwise.observe.summary import Compared, Evaluation, Summary
 from shardwise.units import format_bytes, format_count, format_seconds
@@ -24,13 +25,14 @@ def summary_text(summary: Summary, *, blocks: bool = False) -> str:
 
 
 def header_lines(summary: Summary) -> list[str]:
-    """What was run: run, job, plan, data."""
+    """What was run: run, job, plan, mesh, data."""
     ranks = f"on {plural(summary.ranks, 'rank')}" if summary.ranks else ""
     return labelled(
         [
             ("run", f"{summary.run}   {state_text(summary)}"),
             ("job", "   ".join(filter(None, (summary.job, parameters_text(summary.parameters))))),
             ("plan", "   ".join(filter(None, (summary.plan, ranks)))),
+            ("mesh", axes_text(summary.axes)),
             ("data", facts_text(summary.facts)),
             *(("resumed", text) for text in summary.resumed),
         ]
@@ -38,7 +40,7 @@ def header_lines(summary: Summary) -> list[str]:
 
 
 def outcome_lines(summary: Summary, *, blocks: bool = False) -> list[str]:
-    """What came of it: loss, held-out figures, rate, time, memory, predicted beside measured, checkpoints, warnings."""
+    """What came of it: loss, held out, rate, time, communication, memory, checkpoints, warnings, predictions."""
     memory = ", ".join(f"rank {rank} {format_bytes(peak)}" for rank, peak in list(summary.peak_bytes.items())[:8])
     lines = labelled(
         [
@@ -46,6 +48,8 @@ def outcome_lines(summary: Summary, *, blocks: bool = False) -> list[str]:
             ("held out", held_out_text(summary)),
             ("rate", rate_text(summary)),
             ("time", shares_text(summary.time)),
+            ("exposed", exposed_text(summary.exposed) if summary.exposed else ""),
+            *(("exchanged", text) for text in exchanged_lines(summary.exchanged, summary.counted_bytes)),
             ("memory", f"peak of {memory}" if memory else ""),
             ("checkpoint", checkpoint_text(summary)),
             (

@@ -55,5 +55,8 @@ class Alone:
     def close(self) -> None:
         return None
 
+    def reopen(self) -> None:
+        return None
+
     def _grads(self) -> list[Tensor]:
         return [p.grad for p in self._parameters if p.grad is not None]

@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from shardwise.comm.collectives import Exchange
+from shardwise.comm.exchange import Bucketed, Pending, Piece
 from shardwise.comm.tree import Node, push
-from shardwise.comm.work import GuardedWork
 
 Zeros = Callable[[int, torch.dtype, torch.device], Tensor]  # a 1-D tensor of zeros
 
@@ -31,6 +30,7 @@ class Bucket:
     """Parameters of one dtype whose gradients are reduced together; `tail` further elements carry statistics.
 
     `members` are the parameters' numbers in the reducer; `zeros` allocates, where the group reduces without a copy.
+    `placed`: offsets and length, where they are not one after the other.
 
     In exact mode a bucket also holds the finished nodes of the tree over shards, each in a buffer of its own.
     """
@@ -42,6 +42,7 @@ class Bucket:
         tail: int,
         zeros: Zeros,
         like: Tensor | None = None,
+        placed: tuple[Sequence[int], int] | None = None,
     ) -> None:
         self.parameters = list(parameters)
         self.members = list(members)
@@ -50,6 +51,8 @@ class Bucket:
         for parameter in self.parameters:
             self._offsets.append(self._body)
             self._body += math.ceil(parameter.numel() / ALIGN) * ALIGN
+        if placed is not None:
+            self._offsets, self._body = list(placed[0]), placed[1]
         self._tail = tail
         self._zeros = zeros
         self._like = like if like is not None else self.parameters[0].detach()
@@ -57,7 +60,15 @@ class Bucket:
         self.nodes: list[tuple[Node, Buffer]] = []
         self.current = self._take()
         self.missing = len(self.parameters)
-        self.work: GuardedWork | Exchange | None = None
+        self.work: Pending | None = None
+
+    def described(self, names: Sequence[str]) -> Bucketed:
+        """The layout, with the parameters called by `names`, which their members number."""
+        pieces = tuple(
+            Piece(names[member], offset, tuple(parameter.shape))
+            for member, offset, parameter in zip(self.members, self._offsets, self.parameters, strict=True)
+        )
+        return Bucketed(self._body, self._like.dtype, self._like.device, pieces)
 
     def _take(self) -> Buffer:
         if self._spare:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,10 @@ from shardwise.parallel.coupling import UNKNOWN, agree
 from shardwise.parallel.exact import ShardBuffers
 from shardwise.parallel.precision import Formats, LossScaler
 from shardwise.parallel.reducer import Reducer
+from shardwise.parallel.statistics import Totals
+from shardwise.parallel.words import synchroniser
 from shardwise.plan.support import refuse_unbuilt
+from shardwise.plan.synchronisations import refuse_together
 from shardwise.spec.plan import Plan
 
 
@@ -41,6 +44,7 @@ class Replica:
         coupled: Literal["refuse", "gather"],
         shards: int | None,
         norms: BatchNormSync | None,
+        allow: Sequence[str],
     ) -> None:
         self.module = module
         self.plan = plan
@@ -55,13 +59,28 @@ class Replica:
         self._guessed = False
         self._norms = norms
         self._buffers = ShardBuffers(module, self.axis) if shards else None
-        self.reducer: Reducer | Alone = Alone(self._named)
-        if self.axis.size > 1 or shards:
-            self.reducer = Reducer(self._named, self.axis, bucket_bytes=plan.sync.bucket_bytes, shards=shards)
+        self.synchroniser = synchroniser(
+            self._named, mesh, plan.sync, shards=shards, allow=allow, tables=_sparse_embeddings(module)
+        )
         self._watch: Any = None
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:
         return list(self.module.named_parameters())
+
+    @property
+    def reducer(self) -> Reducer | Alone:
+        """What the gradients of the coming step go through."""
+        return self.synchroniser.reducer
+
+    @property
+    def speaks_for(self) -> int:
+        """How many replicas the coming step's totals stand for: all, where they are this rank's own."""
+        return self.axis.size if self.synchroniser.own_totals else 1
+
+    @property
+    def divisor(self) -> float:
+        """What the loss is divided by before backward: the guess, or a share of it where totals are this rank's own."""
+        return self.guess / self.speaks_for
 
     # The phases of a step, in the order in which `step` calls them.
 
@@ -113,7 +132,13 @@ class Replica:
 
     def scale(self, scaler: LossScaler | None) -> float:
         """What the loss sum is multiplied with before backward."""
-        return (scaler.scale if scaler is not None else 1.0) / self.guess
+        return (scaler.scale if scaler is not None else 1.0) / self.divisor
+
+    def weigh(self, totals: Totals) -> float:
+        """The weight of the whole step: the next one's guess, unless `totals` are this rank's own."""
+        if totals.weight > 0 and not totals.bad and not self.synchroniser.own_totals:
+            self.guess = totals.weight
+        return totals.weight * self.speaks_for
 
     def settle_guess(self, weight: float) -> None:
         """The first guess of the global weight: `weight` is rank 0's share of it, or shard 0's in exact mode, or all of
@@ -174,8 +199,7 @@ class Replica:
 
     def close(self) -> None:
         """Leave the module as an ordinary one: no hooks, batch norms as they were, gradients None."""
-        self.reducer.clear()
-        self.reducer.close()
+        self.synchroniser.close()
         if self._norms is not None:
             self._norms.close()
         if self._watch is not None:
@@ -191,19 +215,17 @@ def parallelize(
     coupled: Literal["refuse", "gather"] = "refuse",
     compile: bool = False,
     logical_shards: int = 4,
+    allow: Sequence[str] = (),
 ) -> Replica:
     """Make `module` a replica on this rank: moved to the mesh's device, with rank 0's values, in place. Collective.
 
-    `logical_shards` is the number of shards of the global batch in exact mode. Raises SpecError for what the plan asks
+    `logical_shards` is the number of shards of the global batch in exact mode; `allow` names the words
+    that `sync=auto` may choose. Raises SpecError for what the plan asks
     and this version cannot do, JobError when the ranks built different modules.
     """
     refuse_unbuilt(plan)
     norms = batch_norms(module)
-    if plan.exact and batch_norm == "sync" and norms:
-        raise SpecError(
-            f"exact=True cannot synchronise batch norms ({', '.join(list(norms)[:3])}): their sums over ranks are in "
-            "no fixed order. Use batch_norm='local', or a norm over features such as GroupNorm."
-        )
+    _refuse_combinations(plan, list(norms), batch_norm, coupled)
     if mesh.device.type == "cpu":
         keep_freed_memory()
     module.to(mesh.device)
@@ -222,7 +244,28 @@ def parallelize(
         sync = BatchNormSync(norms, second, mesh.device)
     if compile:
         module.compile()
-    return Replica(module, plan, mesh, coupled=coupled, shards=logical_shards if plan.exact else None, norms=sync)
+    return Replica(
+        module, plan, mesh, coupled=coupled, shards=logical_shards if plan.exact else None, norms=sync, allow=allow
+    )
+
+
+def _sparse_embeddings(module: nn.Module) -> list[str]:
+    """The parameters whose gradients have only the rows that were looked up."""
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    sparse = {id(part.weight) for part in module.modules() if isinstance(part, kinds) and part.sparse}
+    return [name for name, p in module.named_parameters() if id(p) in sparse]
+
+
+def _refuse_combinations(plan: Plan, norms: Sequence[str], batch_norm: str, coupled: str) -> None:
+    if plan.exact and batch_norm == "sync" and norms:
+        raise SpecError(
+            f"exact=True cannot synchronise batch norms ({', '.join(list(norms)[:3])}): their sums over ranks are in "
+            "no fixed order. Use batch_norm='local', or a norm over features such as GroupNorm."
+        )
+    if plan.data > 1 and norms and batch_norm == "sync":
+        refuse_together(plan, "batch_norm", "batch_norm='sync'")
+    if plan.data > 1 and coupled == "gather":
+        refuse_together(plan, "coupled", "coupled='gather'")
 
 
 def _refuse_unlike(module: nn.Module, mesh: Mesh) -> None:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwise.comm.collectives import TreeSum
+from shardwise.comm.exchange import Exchange
 from shardwise.comm.mesh import Axis
 from shardwise.comm.tree import Node, nodes, span
 from shardwise.errors import JobError
@@ -31,17 +32,27 @@ class Reducer:
     A step is `begin`, then for each microbatch `begin_micro`, forward, `report`, backward, and one `finish`. Buckets
     leave in index order as soon as they are complete in the last microbatch, so all ranks send them in one order; the
     order follows rank 0's backward of the first step. A parameter that no rank used has `.grad` None after `finish`.
-    With `shards` (exact mode) gradients are summed in the fixed tree over that many shards, whatever the ranks.
+    With `shards` (exact mode) gradients are summed in the fixed tree over that many shards, whatever the ranks; with
+    an `exchange` that is what sums them.
 
     Without `begin`, for loops that call `loss.backward()` themselves, every backward outside `no_sync` sends its
     gradients, and `finish(mean=True)` leaves the average over ranks.
     """
 
-    def __init__(self, named: Callable[[], Named], axis: Axis, *, bucket_bytes: int, shards: int | None = None) -> None:
+    def __init__(
+        self,
+        named: Callable[[], Named],
+        axis: Axis,
+        *,
+        bucket_bytes: int,
+        shards: int | None = None,
+        exchange: Exchange | None = None,
+    ) -> None:
         self._named = named
         self._axis = axis
         self._bucket_bytes = bucket_bytes
         self._shards = shards
+        self._exchange = exchange
         self._slots = shards or axis.size
         self._tree = TreeSum(axis.group, shards) if shards and axis.group is not None else None
         self._mine = span(axis.rank, axis.size, shards) if shards else Node(0, 0)
@@ -152,6 +163,10 @@ class Reducer:
             hook.remove()
         self._hooks.clear()
 
+    def reopen(self) -> None:
+        """Put the hooks on again after `close`."""
+        self._build()
+
     # Inside.
 
     def refresh(self) -> None:
@@ -167,15 +182,25 @@ class Reducer:
         self._names = [name for name, _ in trainable]
         self._parameters = [p for _, p in trainable]
         self._arrivals = None if order is not None else []
-        order = order if order is not None else range(len(trainable))[::-1]
+        self._place = [None] * len(trainable)  # type: ignore[list-item]
+        self._lay_out(order if order is not None else range(len(trainable))[::-1])
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(functools.partial(self._arrived, i))
+            for i, p in enumerate(self._parameters)
+        ]
+        if self._exchange is not None:
+            self._exchange.arrange([bucket.described(self._names) for bucket in self._buckets])
+        self._reset()
+
+    def _lay_out(self, order: Sequence[int]) -> None:
+        """Make the buckets, and say where each parameter's gradient lies in them."""
         ordered = [self._parameters[i] for i in order]
         groups = cut(
             [p.numel() * p.element_size() for p in ordered], [(p.dtype, p.device) for p in ordered], self._bucket_bytes
         )
-        tail = self._slots * COLUMNS + len(trainable)
+        tail = self._slots * COLUMNS + len(ordered)
         zeros = self._axis.group.zeros if self._axis.group is not None else _zeros
         self._buckets = []
-        self._place = [None] * len(trainable)  # type: ignore[list-item]
         for number, members in enumerate(groups):
             carries = number == len(groups) - 1 and ordered[members[0]].dtype in (torch.float32, torch.float64)
             bucket = Bucket([ordered[m] for m in members], [order[m] for m in members], tail if carries else 0, zeros)
@@ -185,11 +210,6 @@ class Reducer:
         if not groups or self._buckets[-1].current.tail.numel() == 0:
             device = self._parameters[0].device if self._parameters else torch.device("cpu")
             self._buckets.append(Bucket([], [], tail, zeros, torch.empty(0, device=device)))
-        self._hooks = [
-            p.register_post_accumulate_grad_hook(functools.partial(self._arrived, i))
-            for i, p in enumerate(self._parameters)
-        ]
-        self._reset()
 
     def _reset(self) -> None:
         self._used = [0] * len(self._parameters)
@@ -284,6 +304,9 @@ class Reducer:
             return
         if self._tree is not None:
             bucket.work = self._tree.start([buffer.flat for _, buffer in bucket.nodes] or [whole.flat])
+        elif self._exchange is not None:
+            number = self._next - 1
+            bucket.work = self._exchange.start(number, whole.flat, whole.body, whole.tail, mean=self._mean)
         else:
             bucket.work = group.all_reduce(whole.flat, dist.ReduceOp.AVG if self._mean else dist.ReduceOp.SUM)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from shardwise.errors import JobError
+from shardwise.errors import JobError, SpecError
 from shardwise.models.inputs import call
 from shardwise.parallel.blame import shapes, user_code
 from shardwise.parallel.clip import Verdict, judge, non_finite
@@ -20,6 +20,7 @@ from shardwise.parallel.gathered import gathered_step
 from shardwise.parallel.parallelize import Replica
 from shardwise.parallel.precision import LossScaler
 from shardwise.parallel.statistics import Totals
+from shardwise.parallel.synchronise import StepTimes
 
 __all__ = ["StepResult", "evaluate", "step"]
 
@@ -40,8 +41,11 @@ class MicroBatch(Protocol):
 class StepResult(NamedTuple):
     """The mean loss over the global weight, the gradient's norm before clipping, and where the seconds went.
 
-    `comm_s` is the time spent waiting for other ranks, not what overlapped with the backward pass. With a global weight
-    of 0 nothing was counted: the loss is 0 and the step is `skipped`.
+    `comm_s` is the exposed communication: the time spent waiting for other ranks, in whatever the step exchanges, not
+    what overlapped with the backward pass. With a global weight of 0 nothing was counted: the loss is 0 and the step is
+    `skipped`. By the clocks of a parameter server loss and weight are those of the newest step that all ranks have
+    finished, and the norm is this rank's own. Between two synchronisations of local updates loss and norm are this
+    rank's own, and the weight is as if the others had as much.
     """
 
     loss: float
@@ -72,6 +76,10 @@ def step(
     state are then as before.
     """
     began = time.perf_counter()
+    _refuse_clipping(replica, clip_norm)
+    if not replica.synchroniser.start_step(optimizers):
+        return _left_out(replica, time.perf_counter() - began)
+    started = time.perf_counter()
     scaler = scaler or replica.scaler
     if not replica.module.training:
         replica.module.train()
@@ -79,33 +87,72 @@ def step(
     before = [buffer.clone() for buffer in buffers]  # a batch that is skipped must leave no trace in running statistics
     try:
         totals, waited = _gradients(replica, micro, loss, forward, scaler)
-        raw_norm = replica.reducer.norm()
+        verdict = _judged(replica, totals, clip_norm, scaler)
         computed = time.perf_counter()
-        verdict = judge(
-            totals,
-            raw_norm,
-            guess=replica.guess,
-            loss_scale=scaler.scale if scaler else 1.0,
-            clip_norm=clip_norm,
-            unit="shard" if replica.shards else "rank",
-        )
         skipped = _skips(verdict, totals, on_nan, scaler)
+        weight = replica.weigh(totals)
         if skipped:
             for buffer, kept in zip(buffers, before, strict=True):
                 buffer.copy_(kept)
-        if not skipped:
-            if verdict.factor != 1.0:
-                replica.reducer.scale(verdict.factor)
-            with user_code("the optimizer"):
-                for optimizer in optimizers:
-                    optimizer.step()
+        waited_after = _update(replica, optimizers, verdict.factor, skipped=skipped)
     finally:
         replica.reducer.clear()
-    if totals.weight > 0 and not totals.bad:
-        replica.guess = totals.weight
-    mean = totals.loss_sum / totals.weight if totals.weight else 0.0
+    known = replica.synchroniser.told()
+    if known is not None:
+        totals, weight = known, known.weight
+    mean = _mean(totals)
     ended = time.perf_counter()
-    return StepResult(mean, totals.weight, verdict.norm, skipped, computed - began - waited, waited, ended - computed)
+    result = StepResult(
+        mean,
+        weight,
+        verdict.norm,
+        skipped,
+        computed - started - waited,
+        started - began + waited + waited_after,
+        ended - computed - waited_after,
+    )
+    replica.synchroniser.observe(StepTimes(result.compute_s + result.optimizer_s, result.comm_s), mean)
+    return result
+
+
+def _judged(replica: Replica, totals: Totals, clip_norm: float | None, scaler: LossScaler | None) -> Verdict:
+    return judge(
+        totals,
+        replica.reducer.norm(),
+        guess=replica.divisor,
+        loss_scale=scaler.scale if scaler else 1.0,
+        clip_norm=clip_norm,
+        unit="shard" if replica.shards else "rank",
+    )
+
+
+def _mean(totals: Totals) -> float:
+    return totals.loss_sum / totals.weight if totals.weight else 0.0
+
+
+def _refuse_clipping(replica: Replica, clip_norm: float | None) -> None:
+    if clip_norm is not None and not replica.synchroniser.clips:
+        raise SpecError(
+            f"clip_norm={clip_norm} does not go with the plan's {replica.plan.sync.word} (method "
+            f"{replica.plan.sync.method}): no rank knows the norm of the whole gradient. Leave clip_norm out, or use "
+            "sync=all_reduce."
+        )
+
+
+def _left_out(replica: Replica, waited_s: float) -> StepResult:
+    """The result of a step that the other ranks had ended before this one began it."""
+    totals = replica.synchroniser.told() or Totals(0.0, 0.0, [])
+    return StepResult(_mean(totals), totals.weight, None, True, 0.0, waited_s, 0.0)
+
+
+def _update(replica: Replica, optimizers: Sequence[torch.optim.Optimizer], factor: float, *, skipped: bool) -> float:
+    """The parameters follow the gradients, times `factor`; the seconds that was waited for other ranks."""
+    before = replica.mesh.waited_s()
+    if not skipped and factor != 1.0:
+        replica.reducer.scale(factor)
+    with user_code("the optimizer"):
+        waited = replica.synchroniser.finish_step(optimizers, skipped=skipped)
+    return max(waited, replica.mesh.waited_s() - before)  # an optimizer may exchange something too
 
 
 def _skips(verdict: Verdict, totals: Totals, on_nan: str, scaler: LossScaler | None) -> bool:
@@ -124,7 +171,8 @@ def _skips(verdict: Verdict, totals: Totals, on_nan: str, scaler: LossScaler | N
 def _gradients(
     replica: Replica, micro: Sequence[MicroBatch], loss: Loss, forward: Any, scaler: LossScaler | None
 ) -> tuple[Totals, float]:
-    """Forward and backward of every microbatch, then the sums over all ranks, and the seconds waited for them."""
+    """Forward and backward of every microbatch, then the sums over all ranks, and the seconds waited for others."""
+    earlier = replica.mesh.waited_s()
     replica.begin(len(micro))
     with replica.formats.step(several=len(micro) > 1):
         if replica.coupled == "gather":
@@ -138,9 +186,10 @@ def _gradients(
                 backward(total * replica.scale(scaler))
                 replica.after_backward(index)
             replica.stand_in(len(micro), loss)
+    before = replica.mesh.waited_s()  # what forward and backward exchange (batch norms, outputs) is waited for there
     totals, waited = replica.reducer.finish()
     replica.end_step()
-    return totals, waited
+    return totals, before - earlier + max(waited, replica.mesh.waited_s() - before)
 
 
 def _loss_of(replica: Replica, one: MicroBatch, loss: Loss, forward: Any, *, first: bool, pieces: int) -> Tensor:

@@ -1,8 +1,10 @@
-"""Seconds a step for a data-parallel plan, by part: a roofline over the probed peak and a ring all-reduce."""
+"""Seconds a step for a data-parallel plan, by part: a roofline over the probed peak, and the exposed all-reduces."""
 
 from __future__ import annotations
 
-from shardwise.spec.cluster import Cluster
+from shardwise.plan.buckets import Seconds, choose_bucket_bytes, exposed_s, ring_seconds
+from shardwise.spec.cluster import TRANSPORTS, Cluster
+from shardwise.spec.collective_cost import Topology, as_path, through
 from shardwise.spec.job import JobFacts
 from shardwise.spec.plan import Plan
 from shardwise.spec.profile import ModelProfile
@@ -11,26 +13,67 @@ ASSUMED_PEAK = 50e9  # FLOP/s of one core in float32, where nothing was probed
 
 
 def time_parts(profile: ModelProfile, plan: Plan, job: JobFacts, cluster: Cluster) -> dict[str, float]:
-    """Seconds by part, as if nothing overlapped and every matmul ran at the device's probed peak: a lower bound.
+    """Seconds by part, as if every matmul ran at the device's probed peak: a lower bound.
 
-    Backward is twice forward (Narayanan et al. 2021, section 5.1). A ring all-reduce moves 2 (n - 1) / n of the
-    gradient bytes in 2 (n - 1) messages (Thakur et al. 2005, section 3.4).
+    Backward is twice forward (Narayanan et al. 2021, section 5.1). `communication` is what backward does not hide.
     """
     samples = -(-job.global_batch // plan.data)
     rate = device_rate(cluster, plan)
     forward = profile.forward_flops * samples / rate
-    link = cluster.nodes[0].link if len(cluster.nodes) == 1 else cluster.between
-    around = 2 * (plan.data - 1)
-    moved = profile.parameter_bytes * around / plan.data
+    exchanged = 0.0
+    if plan.data > 1:
+        bucket = plan.sync.bucket_bytes or bucket_bytes(profile.parameter_bytes, cluster, plan.data)
+        message_s = all_reduce_seconds(cluster, plan.data)
+        exchanged = exposed_s(profile.parameter_bytes, bucket, 2 * forward / plan.microbatches, message_s)
     device = cluster.devices[0]
     touched = profile.parameter_bytes * 3 + 2 * profile.parameters * job.state_bytes_per_parameter
     bandwidth = device.memory_bandwidth or 10e9
     return {
         "forward": forward,
         "backward": 2 * forward,
-        "communication": around * link.latency_s + moved / link.bandwidth if plan.data > 1 else 0.0,
+        "communication": exchanged,
         "optimizer": touched / bandwidth,
     }
+
+
+def bucket_bytes(gradient_bytes: int, cluster: Cluster, ranks: int) -> int:
+    """The size of gradient buckets that costs `ranks` ranks least on this cluster."""
+    work_s = TRANSPORTS.get(cluster.transport, TRANSPORTS["gloo"]).work_s
+    return choose_bucket_bytes(gradient_bytes, all_reduce_seconds(cluster, ranks), work_s)
+
+
+def all_reduce_seconds(cluster: Cluster, ranks: int) -> Seconds:
+    """Seconds of an all-reduce between `ranks` ranks by its bytes, as they were measured; else a ring's over the link.
+
+    Between nodes, where nothing was measured, it is the cheapest way through them (`collective_cost.through`).
+
+    Where another number of ranks was measured its figures are carried over as a ring's would be: the latency grows with
+    its 2 (n - 1) messages, the rest with 2 (n - 1) / n of the bytes.
+    """
+    known = cluster.calibration(ranks)
+    ring_s = ring_seconds(ranks, cluster.link)
+    if known is None:
+        return ring_s if len(cluster.nodes) == 1 else _through_nodes(cluster, ranks)
+    more = (ranks - 1) / (known.ranks - 1)
+
+    def seconds(nbytes: int) -> float:
+        latency, measured = known.seconds("all_reduce", 0), known.seconds("all_reduce", nbytes)
+        if latency is None or measured is None:
+            return ring_s(nbytes)
+        return latency * more + (measured - latency) * more * known.ranks / ranks
+
+    return seconds
+
+
+def _through_nodes(cluster: Cluster, ranks: int) -> Seconds:
+    """Of `ranks` ranks that fill node after node."""
+    places = [index for index, node in enumerate(cluster.nodes) for _ in node.devices]
+    used = [places[rank % len(places)] for rank in range(ranks)]
+    inside = max((node.link for node in cluster.nodes), key=lambda link: 1 / link.bandwidth)
+    topology = Topology(
+        tuple(used.count(index) for index in sorted(set(used))), as_path(inside), (as_path(cluster.between),)
+    )
+    return lambda nbytes: through("all_reduce", nbytes, topology).seconds
 
 
 def device_rate(cluster: Cluster, plan: Plan) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 from msgspec import structs
 
 from shardwise.errors import NoPlanFits
-from shardwise.plan.cost import time_parts
+from shardwise.plan.cost import bucket_bytes, time_parts
 from shardwise.plan.memory import memory_parts
 from shardwise.plan.support import refuse_misfit, refuse_places, refuse_unbuilt
 from shardwise.spec.cluster import Cluster
@@ -45,6 +45,7 @@ def search(
     refuse_misfit(plan, job)
     room = min(device.memory_bytes for device in cluster.devices)
     largest = max(1, job.global_batch // plan.data)
+    plan = _buckets(plan, profile, cluster)
     while True:
         plan = structs.replace(plan, predicted=predict(profile, plan, job, cluster))
         assert plan.predicted is not None
@@ -54,6 +55,17 @@ def search(
         if "microbatches" in fixed or profile.batch_norms or not more:
             raise _too_big(plan.predicted, plan, room, more=more, norms=profile.batch_norms)
         plan = structs.replace(plan, microbatches=min(largest, plan.microbatches * 2))
+
+
+def _buckets(plan: Plan, profile: ModelProfile, cluster: Cluster) -> Plan:
+    """The size of gradient buckets where it was left open and ranks have measured each other on this cluster.
+
+    Elsewhere the ranks take what their transport usually asks for (`buckets.usual_bucket_bytes`).
+    """
+    if plan.sync.bucket_bytes or plan.data == 1 or not cluster.calibrations:
+        return plan
+    chosen = bucket_bytes(profile.parameter_bytes, cluster, plan.data)
+    return structs.replace(plan, sync=structs.replace(plan.sync, bucket_bytes=chosen))
 
 
 def predict(profile: ModelProfile, plan: Plan, job: JobFacts, cluster: Cluster) -> Prediction:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from shardwise.errors import NoPlanFits, SpecError
+from shardwise.plan.synchronisations import refuse_unallowed, refuse_unshown
 from shardwise.spec.cluster import Cluster
 from shardwise.spec.job import JobFacts
 from shardwise.spec.plan import AXES, Plan
 
 BUILT_AXES = ("data",)
+
 NEUTRAL = ("float32", "float64")
 
 
@@ -16,8 +18,7 @@ def refuse_unbuilt(plan: Plan) -> None:
     for axis in AXES:
         if axis not in BUILT_AXES and getattr(plan, axis) > 1:
             raise _unbuilt(f"{axis}={getattr(plan, axis)}", f"use the data axis instead, such as data={plan.ranks}")
-    if plan.sync.word != "all_reduce":
-        raise _unbuilt(f"sync={plan.sync.word}", "use sync=all_reduce")
+    refuse_unshown(plan)
     if plan.recompute.mode != "none":
         raise _unbuilt(f"recompute={plan.recompute.mode}", "use recompute=none and more microbatches")
     for name in ("optimizer", "activations"):
@@ -50,6 +51,7 @@ def refuse_misfit(plan: Plan, job: JobFacts) -> None:
             f"the plan's precision={plan.precision} changes the numbers and the job does not allow it. "
             f"Add '{plan.precision}' to the job's allow, or set its precision."
         )
+    refuse_unallowed(plan, job.allow)
 
 
 def _on_cpu(devices: tuple[object, ...]) -> bool:

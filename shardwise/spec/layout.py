@@ -64,6 +64,8 @@ def boxes(name: str, shape: Shape, plan: Plan, rank: int) -> tuple[Box, ...]:
       with `zero=3`, optimizer state always.
     - data, context, expert: whole replicas.
 
+    A tensor `sync/...` holds what each rank keeps for itself: dim 0 counts the ranks, whatever the axes.
+
     Several boxes of one rank lie in its local tensor joined along the dim in which they differ (`local_offsets`).
     Raises SpecError when `parts` do not fit the dim or a block is in no stage.
     """
@@ -152,8 +154,9 @@ def written_by(tensors: Mapping[str, tuple[Shape, int]], plan: Plan, rank: int) 
     """
     shared: dict[tuple[int, ...], list[tuple[str, Box]]] = {}
     places = _places(plan)
+    alone = {(r, 0, 0): [r] for r in range(plan.ranks)}
     for name in sorted(tensors):
-        holders = _holders(name, tensors[name][0], plan, places)
+        holders = _holders(name, tensors[name][0], plan, alone if _is_own(name) else places)
         for box in boxes(name, tensors[name][0], plan, rank):
             shared.setdefault(holders[box], []).append((name, box))
     mine: list[tuple[str, Box]] = []
@@ -164,6 +167,8 @@ def written_by(tensors: Mapping[str, tuple[Shape, int]], plan: Plan, rank: int) 
 
 def _sides(name: str, shape: Shape, plan: Plan, rank: int) -> list[list[Span]]:
     """For each dim the spans that `rank` holds; at most one dim has several."""
+    if _is_own(name):
+        return [[_chunk(shape[0], plan.ranks, rank)], *([(0, extent)] for extent in shape[1:])]
     at = plan.coordinates(rank)
     dim, spans = _tensor_cut(name, shape, plan, at["tensor"])
     cut: dict[int, list[Span]] = {dim: spans} if dim is not None else {}
@@ -254,6 +259,10 @@ def _split_of(tensor: str, plan: Plan) -> Split | None:
 def _matches(tensor: str, pattern: str) -> bool:
     """A pattern names a tensor (`*.mlp.up.weight`) or the module that it sits in (`*.mlp.up`)."""
     return fnmatchcase(tensor, pattern) or fnmatchcase(tensor.rpartition(".")[0], pattern)
+
+
+def _is_own(name: str) -> bool:
+    return name.startswith("sync/")
 
 
 def _is_sharded(name: str, plan: Plan) -> bool:

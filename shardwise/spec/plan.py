@@ -8,6 +8,7 @@ from msgspec import NODEFAULT, UNSET, Struct, field, structs
 
 from shardwise.errors import SpecError, did_you_mean
 from shardwise.spec.files import convert
+from shardwise.spec.sync import Sync
 
 AXES = ("pipeline", "data", "shard", "tensor", "context", "expert")  # outermost first: neighbours share the last ones
 Precision = Literal["float32", "bfloat16", "float16", "float64"]
@@ -46,20 +47,6 @@ class Offload(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     optimizer: Literal["none", "host", "disk"] = "none"
     activations: Literal["none", "host", "disk"] = "none"
-
-
-class Sync(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How replicas agree on gradients; `bucket_bytes` is the size of one flat gradient bucket."""
-
-    word: Literal["all_reduce", "compressed", "local", "param_server"] = "all_reduce"
-    method: str = ""
-    every: int = 1
-    bound: int = 0
-    bucket_bytes: int = 25_000_000
-
-    def __post_init__(self) -> None:
-        if self.bucket_bytes < 1 or self.every < 1 or self.bound < 0:
-            raise SpecError("sync.bucket_bytes and sync.every must be at least 1, sync.bound at least 0.")
 
 
 class Prediction(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

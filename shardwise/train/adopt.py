@@ -16,6 +16,7 @@ from shardwise.comm.mesh import Mesh
 from shardwise.data.order import rank_slice
 from shardwise.errors import JobError, SpecError
 from shardwise.parallel.parallelize import parallelize
+from shardwise.plan.synchronisations import refuse_together
 from shardwise.train.context import agree
 
 
@@ -34,6 +35,7 @@ class Adopted:
                 f"run.prepare leaves the loop to the script, so it cannot obey exact, microbatches or precision of the "
                 f"plan {plan}. Start the script with --plan data={plan.data}, or use sw.session(model=...) for them."
             )
+        refuse_together(plan, "own_loop", "run.prepare")
         self.mesh = mesh
         self.share = 1.0
         self.replica = parallelize(module, mesh.plan, mesh)

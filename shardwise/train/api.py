@@ -87,6 +87,7 @@ def train(
     on: Literal["local", "env"] = "local",
     resume: str | None = None,
     runs: str | Path = "runs",
+    cluster: str | Path | None = None,
     display: bool = True,
     name: str | None = None,
     args: Sequence[str] = (),
@@ -95,8 +96,9 @@ def train(
     """Train a job (a file, `file.py:function`, or a function) in new processes; returns when it has finished.
 
     A file without a job function is a script: every rank runs it, with `args`. Every call opens a new run folder in
-    `runs`; `resume` (a run's name, path, or `latest`) goes on with an old one and refuses a changed job. Raises the
-    ShardwiseError that ended the run.
+    `runs`; `resume` (a run's name, path, or `latest`) goes on with an old one and refuses a changed job. The plan is
+    made for the machines of the file `cluster`, or else for what is discovered here; `on` alone says where ranks run.
+    Raises the ShardwiseError that ended the run.
     """
     _refuse_nested()
     if on not in ("local", "env"):
@@ -107,11 +109,12 @@ def train(
             f"{job} is a script without a job function: it takes no --resume and no --set. Write a job for it."
         )
     if on == "env":
-        return _train_here(job, sets, parameters, plan, resume, runs, name)
+        return _train_here(job, sets, parameters, plan, resume, runs, name, cluster)
     with closing(start.take()) as starter:
         if source is None:
             return _run_script(starter, Path(str(job)), args, plan, Path(runs), display, name)
-        folder, steps = prepare_run(starter, source, _sets(sets, parameters), plan, resume, Path(runs), name)
+        told = (_sets(sets, parameters), plan, resume, Path(runs), name)
+        folder, steps = prepare_run(starter, source, *told, cluster=cluster)
         return _launch(starter, folder, {}, display=display, steps=steps)
 
 
@@ -161,6 +164,8 @@ def prepare_run(
     root: Path,
     name: str | None,
     ranks: int | None = None,
+    *,
+    cluster: str | Path | None = None,
 ) -> tuple[RunFolder, int]:
     """Look at the job, choose its plan, and open its run folder (or the old one to resume); (folder, steps).
 
@@ -172,7 +177,7 @@ def prepare_run(
     found = _look(starter, source, sets)
     if old is not None:
         old.refuse_changed_job(found.sources, found.parameters)
-    machines = discover(starter=starter)
+    machines = files.load(cluster, Cluster) if cluster else discover(starter=starter)
     fixed = parse_plan(plan_text or "")
     if old is not None:  # what decides the numbers stays as it was, on whatever number of ranks
         before = files.load(old.path / "plan.json", Plan)
@@ -181,6 +186,8 @@ def prepare_run(
     if ranks is not None:
         fixed = {"data": ranks, **fixed}
     chosen = search(found.profile, machines, found.facts, fixed, started=ranks)
+    if cluster and ranks is None:
+        refuse_places(chosen, discover(probe=False))
     folder = old or RunFolder.create(root, name=name or source.function.replace("job", Path(source.path).stem))
     try:
         if old is None:
@@ -191,6 +198,11 @@ def prepare_run(
         if old is None:
             shutil.rmtree(folder.path, ignore_errors=True)
         raise
+    _record_start(folder, source, found, chosen, resumed=old is not None)
+    return folder, found.facts.steps
+
+
+def _record_start(folder: RunFolder, source: capture.JobSource, found: Any, chosen: Plan, *, resumed: bool) -> None:
     with _recording(folder):
         job_name = f"{source.path}:{source.function}"
         events.emit(
@@ -203,9 +215,8 @@ def prepare_run(
             predicted=msgspec.to_builtins(chosen.predicted),
         )
         events.emit("data_ready", facts=found.data, seconds=found.seconds)
-        if old is not None and not any(folder.checkpoints.glob("step-*/manifest.json")):
+        if resumed and not any(folder.checkpoints.glob("step-*/manifest.json")):
             events.emit("warning", message=f"{folder.path.name} has no checkpoint yet, so it begins again at step 0.")
-    return folder, found.facts.steps
 
 
 def open_run(**told: Any) -> Path:
@@ -283,6 +294,7 @@ def _train_here(
     resume: str | None,
     runs: str | Path,
     name: str | None,
+    cluster: str | Path | None,
 ) -> RunResult:
     """This process is a rank already."""
     from shardwise.train import worker
@@ -295,6 +307,7 @@ def _train_here(
             "resume": resume,
             "root": Path(runs),
             "name": name,
+            "cluster": cluster,
         }
     )
     return RunResult(path=path, status="finished", summary=summaries.read(path))

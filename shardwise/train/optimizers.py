@@ -82,10 +82,19 @@ class Optimizers:
         for spec, each in zip(self.specs, self.optimizers, strict=True):
             if spec.schedule == "own":
                 continue
-            rate = spec.scaled_lr(self.job.global_batch) * spec.factor(step, self.job.steps)
+            rate = self._rate(spec, step)
             for group in each.param_groups:
                 group["lr"] = rate
         return float(self.optimizers[0].param_groups[0]["lr"])
+
+    def rate(self, step: int) -> float:
+        """The first one's rate in `step`, without setting it."""
+        if self.specs[0].schedule == "own":
+            return float(self.optimizers[0].param_groups[0]["lr"])
+        return self._rate(self.specs[0], step)
+
+    def _rate(self, spec: Optimizer, step: int) -> float:
+        return spec.scaled_lr(self.job.global_batch) * spec.factor(step, self.job.steps)
 
 
 def _build(spec: Optimizer, parameters: Sequence[torch.nn.Parameter], global_batch: int) -> torch.optim.Optimizer:

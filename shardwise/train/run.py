@@ -8,7 +8,7 @@ from collections.abc import Sized
 
 from shardwise import events
 from shardwise.comm.mesh import Mesh
-from shardwise.data.loader import Batches, LocalStep, eval_batches, open_batches
+from shardwise.data.loader import PREFETCH, Batches, LocalStep, eval_batches, open_batches
 from shardwise.data.order import sample_indices
 from shardwise.data.source import Prepared
 from shardwise.errors import NonFiniteLoss, SpecError, did_you_mean
@@ -34,6 +34,8 @@ class Trainer:
         self.replica = build_replica(job, plan, mesh)
         self.optimizers = Optimizers(self.replica.module, job)
         self.state = saver.resume(self.replica, self.optimizers)
+        ahead = PREFETCH * plan.microbatches + job.workers
+        self.replica.synchroniser.begin(self.state.step, self.optimizers.schedule, ahead)
         _check_early_stop(job, prepared)
         self._batches: Batches | None = None
         self._mark = time.perf_counter()
@@ -52,6 +54,7 @@ class Trainer:
             logical_shards=self.job.logical_shards if self.plan.exact else None,
             microbatches=self.plan.microbatches,
             workers=self.job.workers,
+            share=self.replica.synchroniser.hands(self.job.global_batch, least=min(1, self.job.workers)),
         )
         return self._batches
 
@@ -69,7 +72,8 @@ class Trainer:
 
     def step(self, local: LocalStep) -> StepResult:
         """One optimizer step on this rank's share of a batch, and what the job wants done after it."""
-        rate = self.optimizers.schedule(local.step)
+        sets_rates = self.replica.synchroniser.schedules
+        rate = self.optimizers.rate(local.step) if sets_rates else self.optimizers.schedule(local.step)
         result = self._guarded(local)
         self.state.step, self.state.loss = local.step + 1, result.loss
         now = time.perf_counter()
@@ -86,9 +90,11 @@ class Trainer:
         return result
 
     def finish(self) -> None:
-        """The last checkpoint, and what this rank's memory was at its peak."""
+        """The last checkpoint, and what this rank's memory was at its peak. All ranks agree from here on."""
         if self.state.saved != self.state.step:
             self.save()
+        self.replica.synchroniser.settle(self.optimizers.optimizers)
+        self.mesh.traffic()  # soon the others close their ends of the connections, which know what was sent
         events.emit("memory", rank=self.mesh.rank, peak_bytes=peak_bytes(str(self.mesh.device)))
 
     def _guarded(self, local: LocalStep) -> StepResult:
@@ -147,7 +153,8 @@ class Trainer:
         if self.prepared.eval is None:
             return {}
         began = time.perf_counter()
-        found = evaluate_replica(self.replica, self.prepared, self.job)
+        with self.replica.synchroniser.consistent():
+            found = evaluate_replica(self.replica, self.prepared, self.job)
         if "tokens" in self.prepared.facts:
             found["perplexity"] = math.exp(min(found["loss"], 700.0))
         self.state.evaluations.append({"step": self.state.step, **found})
@@ -210,6 +217,7 @@ def build_replica(job: TrainJob, plan: Plan, mesh: Mesh) -> Replica:
         coupled=job.coupled,
         compile=job.compile,
         logical_shards=job.logical_shards,
+        allow=job.allow,
     )
 
 

@@ -21,6 +21,7 @@ from shardwise.data.order import stream_seed
 from shardwise.data.source import Prepared
 from shardwise.errors import JobError, SpecError, did_you_mean
 from shardwise.parallel.step import StepResult
+from shardwise.plan.synchronisations import refuse_unallowed
 from shardwise.spec.job import Optimizer, TrainJob
 from shardwise.spec.plan import Plan, Precision, build_plan, parse_plan
 from shardwise.train import context
@@ -57,6 +58,8 @@ class Session:
         self.mesh = self.context.mesh
         self.mesh.plan = self._chosen_plan()
         self._refuse_unplayed()
+        if self.job is not None and self.mesh.world > 1:
+            refuse_unallowed(self.mesh.plan, self.job.allow)
         self.folder = self._open_folder()
         if self.job is not None:
             prepared = self._prepared or prepare(self.job)
@@ -73,6 +76,8 @@ class Session:
                 self._adopted.close()
             if error is None and self._trainer is not None:
                 self._trainer.finish()
+            if self._began:
+                events.emit("wire", rank=self.mesh.rank, groups=self.mesh.traffic())
             if self._began and self.mesh.rank == 0:
                 step = self._trainer.state.step if self._trainer else 0
                 status = "failed" if error else "finished"
@@ -195,6 +200,7 @@ class Session:
             events.emit(
                 "run_started", run=folder.path.name, job="session", ranks=self.mesh.world, plan=plan, steps=steps
             )
+            events.emit("connected", axes=self.mesh.axes())
         return folder
 
 

@@ -9,16 +9,20 @@ import msgspec
 import torch
 
 from shardwise import events
-from shardwise.checkpoint.load import latest
+from shardwise.checkpoint.load import latest, read_tensors
+from shardwise.checkpoint.manifest import Manifest
 from shardwise.checkpoint.resume import resume
 from shardwise.checkpoint.save import save
 from shardwise.checkpoint.state import collect
 from shardwise.checkpoint.store import LocalStore, MemoryStore, Store
 from shardwise.comm.mesh import Mesh
 from shardwise.parallel.parallelize import Replica
+from shardwise.parallel.synchronise import KeptByAll
 from shardwise.spec.job import TrainJob
 from shardwise.train.folder import RunFolder
 from shardwise.train.optimizers import Optimizers
+
+ROW, COMMON = "sync", "outer"  # in a checkpoint: what the replicas keep each for itself, and alike
 
 
 class State(msgspec.Struct, kw_only=True):
@@ -63,6 +67,7 @@ class Saver:
         if found is None:
             return State()
         replica.load_state(found.scalars["replica"])
+        self._take(found.manifest, found.scalars, replica, optimizers)
         state = State(
             step=found.step, loss=found.scalars["loss"], evaluations=found.scalars["evaluations"], saved=found.step
         )
@@ -76,21 +81,39 @@ class Saver:
         if not self.kept:
             return
         replica.sync_buffers()
-        tensors, scalars = collect(replica.module, optimizers.optimizers)
+        kept = replica.synchroniser.keep(optimizers.optimizers)
         mine: dict[str, Any] = {"replica": replica.state(), "loss": state.loss, "evaluations": state.evaluations}
-        save(
-            self.store,
-            step=state.step,
-            tensors=tensors,
-            scalars={**scalars, **mine},
-            plan=self.mesh.plan,
-            rank=self.mesh.rank,
-            world=self.mesh.world,
-            barrier=self._barrier,
-            keep_last=self.job.keep_last,
-            best=best,
-        )
+        rows = {f"{ROW}/{name}": tensor.clone()[None] for name, tensor in kept.rows.items()}
+        with replica.synchroniser.consistent(optimizers.optimizers):
+            tensors, scalars = collect(replica.module, optimizers.optimizers)
+            save(
+                self.store,
+                step=state.step,
+                tensors={**tensors, **rows, **{f"{COMMON}/{name}": t for name, t in kept.common.items()}},
+                scalars={**scalars, **mine, "sync": kept.plain},
+                plan=self.mesh.plan,
+                rank=self.mesh.rank,
+                world=self.mesh.world,
+                barrier=self._barrier,
+                keep_last=self.job.keep_last,
+                best=best,
+                shapes={name: (self.mesh.world, *tensor.shape[1:]) for name, tensor in rows.items()},
+            )
         state.saved = state.step
+
+    def _take(self, manifest: Manifest, scalars: dict[str, Any], replica: Replica, optimizers: Optimizers) -> None:
+        """What the word of synchronisation kept; another word begins anew from the parameters."""
+        before, now = manifest.plan.sync, self.mesh.plan.sync
+        if (before.word, before.method) != (now.word, now.method):
+            return
+        kinds = (f"{ROW}/", f"{COMMON}/")
+        found = read_tensors(self.store, manifest, kinds)
+        rows, common = (
+            {name.removeprefix(kind): tensor for name, tensor in found.items() if name.startswith(kind)}
+            for kind in kinds
+        )
+        plain = {"steps": manifest.step, **scalars.get("sync", {})}
+        replica.synchroniser.take(KeptByAll(rows, common, plain), self.mesh.rank, optimizers.optimizers)
 
     def last_good(self) -> str:
         """Where the newest checkpoint is, or an empty string."""

@@ -6,7 +6,7 @@ import runpy
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from shardwise import events
 from shardwise.comm.mesh import Mesh, connect
 from shardwise.comm.store import open_store
+from shardwise.errors import RunError
 from shardwise.parallel.blame import user_code
 from shardwise.spec import files
 from shardwise.spec.plan import Plan
@@ -37,7 +38,7 @@ def main(*, rank: int, world: int, port: int, listen_fd: int | None, run: str, s
     mesh = connect(plan, rank=rank, world=world, store=store, device=context.device_of(rank))
     if world > 1:
         torch.distributed.barrier()  # a rank that has little to do must not leave while others still connect
-    with recorded(folder, mesh), closing(mesh):
+    with closing(mesh), recorded(folder, mesh):
         events.emit("rank_ready", rank=rank, seconds=time.perf_counter() - began, threads=torch.get_num_threads())
         if script is not None:
             context.enter(context.Context(mesh, folder))
@@ -80,9 +81,11 @@ def run_script(argv: list[str]) -> None:
 
 @contextmanager
 def recorded(folder: RunFolder, mesh: Mesh) -> Iterator[None]:
-    """Append this rank's events to the run's file, and how the rank ended."""
+    """Append this rank's events to the run's file: what its axes use, what it exchanged, and how it ended."""
     lines = events.JsonLines(folder.events)
     with events.sink(lines):
+        if mesh.rank == 0:
+            events.emit("connected", axes=mesh.axes())
         try:
             yield
         except BaseException as error:
@@ -90,6 +93,8 @@ def recorded(folder: RunFolder, mesh: Mesh) -> Iterator[None]:
                 events.emit("rank_failed", rank=mesh.rank, kind=type(error).__name__, message=str(error))
             raise
         finally:
+            with suppress(RunError):  # a full disk has been reported by whatever was written before
+                events.emit("wire", rank=mesh.rank, groups=mesh.traffic())
             lines.close()
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from bench.netns import unavailable
+
 MARK = f"SHARDWISE_SMOKE={uuid.uuid4().hex}"
 ROOT = Path(__file__).resolve().parents[3]
 LIMIT_S = 60.0  # of a quick run on a quiet machine
@@ -103,3 +105,24 @@ def test_collectives(tmp_path: Path) -> None:
     case = "all_reduce 1 MB 2 ranks"
     assert set(rows) == {(case, "shardwise", "time"), (case, "gloo", "time"), (case, "shardwise", "ratio_to_gloo")}
     assert_measured(rows)
+
+
+def test_slow_link(tmp_path: Path) -> None:
+    why = unavailable()
+    rows = quick("slow_link", tmp_path)
+    case = "100 Mbit"
+    systems = ("shardwise", "ddp", "unsynchronised")
+    if why is not None:
+        assert set(rows) == {(case, system, "tokens_per_s") for system in systems}
+        assert all(row["missing"] == why for row in rows.values())
+        return
+    wire = rows[case, "limit", "bandwidth"]
+    assert 85 < wire["median"] < 102
+    assert "ms round trip" in wire["note"]
+    for system in systems:
+        assert min(rows[case, system, "tokens_per_s"]["values"]) > 0
+    assert rows[case, "shardwise", "loss_at_equal_samples"]["agrees"] is True
+    assert rows[case, "ddp", "loss_at_equal_samples"]["median"] < 4.0
+    assert rows[case, "ddp", "waiting_share"]["median"] > 0.5
+    assert 10 < rows[case, "ddp", "time_to_loss"]["median"] < 100
+    assert not left_over()

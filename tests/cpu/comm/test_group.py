@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from tests.cpu.comm.names import all_gather_single, reduce_scatter_single
 from tests.ranks import Rank, RankFailed, run_ranks
 
 
-@pytest.fixture(autouse=True, params=["gloo", "shm"])
+@pytest.fixture(autouse=True, params=["gloo", "shm", "shm-torch"])
 def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forked ranks inherit it."""
     if request.param == "shm" and library() is None:
@@ -186,7 +187,45 @@ def test_a_wait_beyond_the_limit_names_the_operation_and_whom_it_waited_for() ->
     assert "rank(s) 1" in text
 
 
-def widowed(rank: Rank) -> tuple[float, str]:
+def late_message(rank: Rank) -> tuple[list[float], str]:
+    group = group_of(rank, timeout_s=1.0)
+    got = torch.zeros(2)
+    if rank.rank == 0:
+        time.sleep(0.5)
+        group.send([torch.ones(2)], 1, 3).wait()
+        time.sleep(1.5)
+        return [], ""
+    group.recv([got], 0, 3).wait()
+    with pytest.raises(CommError) as caught:
+        group.recv([got], 0, 3).wait()
+    return got.tolist(), str(caught.value)
+
+
+def test_a_message_may_be_late_and_one_that_never_comes_names_its_sender() -> None:
+    got, text = run_ranks(2, late_message)[1]
+    assert got == [1.0, 1.0]
+    assert "recv number 2" in text
+    assert "timeout of 1 s" in text
+
+
+def message_from_the_dead(rank: Rank) -> tuple[float, str]:
+    group = group_of(rank)
+    if rank.rank == 0:
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(CommError) as caught:
+        group.recv([torch.zeros(1)], 0).wait()
+    return time.monotonic() - began, str(caught.value)
+
+
+def test_waiting_for_a_message_of_a_rank_that_dies_ends_at_once() -> None:
+    waited_s, text = run_ranks(2, message_from_the_dead, may_die=(0,))[1]
+    assert waited_s < 2.5, "0.3 s until it died, and the reasons of the others are asked for 1 s"
+    assert "recv" in text
+
+
+def widowed(rank: Rank, scatter: bool = False) -> tuple[float, str]:
     group = group_of(rank)
     group.all_reduce(torch.ones(1)).wait()
     if rank.rank == 1:
@@ -194,18 +233,21 @@ def widowed(rank: Rank) -> tuple[float, str]:
     began = time.monotonic()
     try:
         for _ in range(1000):
+            if scatter:
+                group.reduce_scatter_single(torch.ones(1), torch.ones(rank.world)).wait()
             group.all_reduce(torch.ones(1)).wait()
     except CommError as error:
         return time.monotonic() - began, str(error)
     raise AssertionError("the dead rank answered")
 
 
-def test_a_dead_peer_is_an_error_on_every_rank_and_no_hang() -> None:
-    found = run_ranks(3, widowed, may_die=(1,))
+@pytest.mark.parametrize("scatter", [False, True])
+def test_a_dead_peer_is_an_error_on_every_rank_and_no_hang(scatter: bool) -> None:
+    found = run_ranks(3, widowed, scatter, may_die=(1,))
     for rank in (0, 2):
         waited_s, text = found[rank]
         assert waited_s < 3
-        assert "all_reduce" in text
+        assert ("reduce_scatter" if scatter else "all_reduce") in text
 
 
 def from_many_threads(rank: Rank) -> list[float]:
@@ -303,7 +345,9 @@ def reconnected(rank: Rank) -> list[float]:
         tensor = torch.ones(1)
         group.all_reduce(tensor).wait()
         found.append(float(tensor))
-        dist.barrier()
+        assert rank.store is not None
+        rank.store.set(f"done/{generation}/{rank.rank}", "")  # a barrier of the group would end, on a slow rank, by the
+        rank.store.wait([f"done/{generation}/{r}" for r in range(rank.world)])  # abort of one that is past it
         group.abort()
         dist.destroy_process_group()
     return found
@@ -406,3 +450,19 @@ def test_ddp_and_its_group_end_without_a_hang() -> None:
         warnings.simplefilter("ignore")
         for _ in range(100):
             assert run_ranks(2, ddp, timeout_s=20) == [True, True]
+
+
+def interface(rank: Rank, name: str) -> list[str]:
+    os.environ["GLOO_SOCKET_IFNAME"] = name
+    mesh = rank.mesh()
+    dist.barrier()
+    mesh.close()
+    return [name]
+
+
+@pytest.mark.skipif(not Path("/sys/class/net/lo").exists(), reason="the loopback interface has another name here")
+def test_gloo_listens_on_the_interface_that_the_variable_names(transport: None, monkeypatch: Any) -> None:
+    monkeypatch.setenv("SHARDWISE_TRANSPORT", "gloo")
+    assert run_ranks(2, interface, "lo") == [["lo"], ["lo"]]
+    with pytest.raises(RankFailed, match="gloo cannot listen on no-such-interface: .*GLOO_SOCKET_IFNAME"):
+        run_ranks(2, interface, "no-such-interface")

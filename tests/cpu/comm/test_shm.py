@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import atexit
-import ctypes
 import functools
 import gc
 import os
 import random
 import signal
 import time
-from types import SimpleNamespace
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,29 +21,26 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from shardwise.comm import shm_connect
-from shardwise.comm.group import Group
-from shardwise.comm.kernel import kernel, library
-from shardwise.comm.shm import CHUNK, DTYPES, PIPE, REDUCTIONS, Shm
+from shardwise.comm.kernel import library
+from shardwise.comm.shm import CHUNK
+from shardwise.comm.torch_segment import PIPE
 from shardwise.errors import CommError
 from tests.cpu.comm.names import all_gather_single, reduce_scatter_single
+from tests.cpu.comm.operations import OPERATIONS, data, perform, shm_of
 from tests.ranks import Rank, run_ranks
 
-pytestmark = pytest.mark.skipif(library() is None, reason="built without a C compiler")
+
+@pytest.fixture(autouse=True, scope="module", params=["shm", "shm-torch"])
+def transport(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The kernel and the path without it; forked ranks inherit it."""
+    if request.param == "shm" and library() is None:
+        pytest.skip("built without a C compiler")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("SHARDWISE_TRANSPORT", request.param)
+        yield request.param
+
 
 SIZES = [0, 1, 3, 64, 1000, 8191, 8193, CHUNK // 4, CHUNK // 4 + 7, 300_001]
-OPERATIONS = [
-    "all_reduce",
-    "reduce",
-    "broadcast",
-    "all_gather",
-    "all_gather_single",
-    "reduce_scatter_single",
-    "gather",
-    "scatter",
-    "all_to_all_single",
-    "uneven",
-]
 REDUCED = [
     torch.float32,
     torch.float64,
@@ -57,68 +53,7 @@ REDUCED = [
 ]
 
 
-def shm_of(rank: Rank, **more: Any) -> Group:
-    group = rank.mesh(**more).axis("data").group
-    assert group is not None
-    assert isinstance(group._inners["cpu"].backend, Shm)
-    return group
-
-
 # The same numbers as gloo.
-
-
-def data(seed: int, rank: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
-    made = torch.Generator().manual_seed(1000 * seed + rank)
-    if dtype.is_floating_point:
-        return torch.randn(numel, generator=made).to(dtype)
-    return torch.randint(0, 5, (numel,), generator=made).to(dtype)
-
-
-def perform(group: Any, case: dict[str, Any], rank: Rank) -> list[torch.Tensor]:
-    """Run one operation on `group`; what this rank holds afterwards."""
-    n, me, numel, root = rank.world, rank.rank, case["numel"], case["root"] % rank.world
-    mine = data(case["seed"], me, numel, case["dtype"])
-    op = getattr(dist.ReduceOp, case["reduction"])
-    name = case["op"]
-    if name in ("all_reduce", "reduce"):
-        call = dist.all_reduce if name == "all_reduce" else lambda t, **k: dist.reduce(t, root, **k)
-        call(mine, op=op, group=group)
-        return [mine] if name == "all_reduce" or me == root else []
-    if name == "broadcast":
-        dist.broadcast(mine, root, group=group)
-        return [mine]
-    if name == "all_gather":
-        out = [torch.empty_like(mine) for _ in range(n)]
-        dist.all_gather(out, mine, group=group)
-        return out
-    if name == "all_gather_single":
-        whole = mine.new_empty(n * numel)
-        all_gather_single(whole, mine, group=group)
-        return [whole]
-    if name == "gather":
-        out = [torch.empty_like(mine) for _ in range(n)] if me == root else None
-        dist.gather(mine, out, dst=root, group=group)
-        return out or []
-    if name == "scatter":
-        parts = [data(case["seed"] + r, root, numel, case["dtype"]) for r in range(n)] if me == root else None
-        dist.scatter(mine, parts, src=root, group=group)
-        return [mine]
-    whole = data(case["seed"], me, n * numel, case["dtype"])
-    if name == "reduce_scatter_single":
-        reduce_scatter_single(mine, whole, op=op, group=group)
-        return [mine]
-    if name == "all_to_all_single":
-        out_tensor = torch.empty_like(whole)
-        dist.all_to_all_single(out_tensor, whole, group=group)
-        return [out_tensor]
-    draw = random.Random(case["seed"])
-    sizes = [[draw.randrange(0, 2 + numel // 2) for _ in range(n)] for _ in range(n)]  # sizes[from][to]
-    taken = [row[me] for row in sizes]
-    out_tensor = mine.new_empty(sum(taken))
-    dist.all_to_all_single(
-        out_tensor, data(case["seed"], me, sum(sizes[me]), case["dtype"]), taken, sizes[me], group=group
-    )
-    return [out_tensor]
 
 
 def compare(rank: Rank, cases: list[dict[str, Any]]) -> list[str]:
@@ -152,50 +87,6 @@ CASES = st.fixed_dictionaries(
 def test_every_operation_agrees_with_gloo(n: int, cases: list[dict[str, Any]]) -> None:
     for wrong in run_ranks(n, compare, cases):
         assert wrong == []
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS, ids=lambda each: each.name)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_kernel_reduces_like_torch(dtype: torch.dtype, reduction: Any) -> None:
-    if reduction.name.startswith("B") and dtype.is_floating_point:
-        pytest.skip("bitwise operations take integers")
-    rows = [data(seed, 0, 2500, dtype) for seed in range(3)]
-    out = torch.empty(2500, dtype=dtype)
-    pointers = (ctypes.c_void_p * 3)(*[row.data_ptr() for row in rows])
-    kernel().shm_reduce(out.data_ptr(), pointers, 3, out.nbytes, DTYPES[dtype], REDUCTIONS[reduction])
-    assert torch.equal(out, fold(rows, reduction.name))
-
-
-def fold(rows: list[torch.Tensor], reduction: str) -> torch.Tensor:
-    """Row by row from the first, halves in float32 and rounded once."""
-    dtype = rows[0].dtype
-    exact = torch.float32 if dtype in (torch.float16, torch.bfloat16) else torch.int64 if dtype == torch.bool else dtype
-    pair = {
-        "SUM": torch.add,
-        "AVG": torch.add,
-        "PRODUCT": torch.mul,
-        "MIN": torch.minimum,
-        "MAX": torch.maximum,
-        "BAND": torch.bitwise_and,
-        "BOR": torch.bitwise_or,
-        "BXOR": torch.bitwise_xor,
-    }[reduction]
-    total = functools.reduce(pair, [row.to(exact) for row in rows])
-    if reduction == "AVG":
-        total = total / len(rows) if exact.is_floating_point else total // len(rows)
-    return total.to(dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_rounded_to_nearest_even(dtype: torch.dtype) -> None:
-    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
-    other = every.roll(12345)
-    out = torch.empty_like(every)
-    pointers = (ctypes.c_void_p * 2)(every.data_ptr(), other.data_ptr())
-    kernel().shm_reduce(out.data_ptr(), pointers, 2, out.nbytes, DTYPES[dtype], 0)
-    expected = (every.float() + other.float()).to(dtype)
-    same = (out.view(torch.int16) == expected.view(torch.int16)) | (out.isnan() & expected.isnan())
-    assert bool(same.all())
 
 
 # What gloo cannot do, or does otherwise: against arithmetic.
@@ -430,46 +321,43 @@ def test_a_message_from_anybody_says_from_whom() -> None:
     assert run_ranks(3, from_anybody)[0] == [1, 2]
 
 
-# Set-up.
+Post = tuple[int, int, int, int]  # from, to, tag, elements
 
 
-def without(rank: Rank, lacks: str, transport: str) -> tuple[bool, float] | str:
-    """One rank cannot have shared memory; all of them must come to the same."""
-
-    def refuse(*_: Any) -> Any:
-        raise OSError(lacks)
-
-    os.environ["SHARDWISE_TRANSPORT"] = transport
-    if lacks == "kernel" and rank.rank == 1:
-        shm_connect.kernel = refuse
-    elif lacks == "file" and rank.rank == 0:
-        shm_connect.os = SimpleNamespace(**{**vars(os), "memfd_create": refuse})  # type: ignore[assignment]
-    elif lacks == "mapping" and rank.rank == 2:
-        shm_connect._length = refuse
-    try:
-        group = rank.mesh().axis("data").group
-    except CommError as error:
-        return str(error)
-    assert group is not None
-    tensor = torch.ones(3)
-    group.all_reduce(tensor).wait()
-    return isinstance(group._inners["cpu"].backend, Shm), float(tensor[0])
-
-
-@pytest.mark.parametrize("lacks", ["kernel", "file", "mapping"])
-def test_ranks_agree_on_gloo_when_one_of_them_cannot_share_memory(lacks: str) -> None:
-    assert run_ranks(3, without, lacks, "auto") == [(False, 3.0)] * 3
+def post_office(rank: Rank, posts: list[Post], seed: int) -> list[int]:
+    """Send all that this rank is to send, receive in another order, wait in a third."""
+    group = shm_of(rank)
+    draw = random.Random(seed)
+    works, landed = [], []
+    coming: dict[tuple[int, int], list[tuple[int, int]]] = {}  # of two with one tag the first that is sent lands first
+    for number, (origin, target, tag, numel) in enumerate(posts):
+        if origin == rank.rank:
+            works.append(group.send([data(number, 0, numel, torch.float32)], target, tag))
+        elif target == rank.rank:
+            coming.setdefault((origin, tag), []).append((number, numel))
+    order = [key for key, each in coming.items() for _ in each]
+    draw.shuffle(order)
+    for origin, tag in order:
+        number, numel = coming[origin, tag].pop(0)
+        into = torch.full((numel,), -1.0)
+        landed.append((number, into))
+        works.append(group.recv([into], origin, tag))
+    draw.shuffle(works)
+    for work in works:
+        work.wait()
+    return [number for number, into in landed if not torch.equal(into, data(number, 0, len(into), torch.float32))]
 
 
-@pytest.mark.parametrize("lacks", ["kernel", "file", "mapping"])
-def test_shared_memory_that_was_asked_for_is_an_error_where_there_is_none(lacks: str) -> None:
-    for text in run_ranks(3, without, lacks, "shm"):
-        assert "cannot share memory" in text
-        assert "SHARDWISE_TRANSPORT=gloo" in text
-
-
-def test_nothing_lacks_here() -> None:
-    assert run_ranks(3, without, "", "auto") == [(True, 3.0)] * 3
+@settings(max_examples=15, deadline=None)
+@given(n=st.integers(2, 4), draw=st.randoms(use_true_random=False), seed=st.integers(0, 1000))
+def test_messages_of_any_size_arrive_whole(n: int, draw: random.Random, seed: int) -> None:
+    posts: list[Post] = []
+    for _ in range(draw.randrange(1, 25)):
+        origin, target = draw.sample(range(n), 2)
+        posts.append(
+            (origin, target, draw.randrange(3), draw.choice([0, 1, 3, 5000, PIPE // 4, PIPE // 4 - 3, 100_001]))
+        )
+    assert run_ranks(n, post_office, posts, seed) == [[]] * n
 
 
 # What nobody waits for.

@@ -15,7 +15,8 @@ from shardwise.data.order import shards_of
 from shardwise.errors import SpecError
 from shardwise.parallel.parallelize import parallelize
 from shardwise.parallel.step import step
-from shardwise.spec.plan import Plan, Precision, Sync
+from shardwise.spec.plan import Plan, Precision
+from shardwise.spec.sync import Sync
 from tests.cpu.parallel import jobs
 from tests.ranks import Rank, RankFailed, run_ranks
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from shardwise.errors import JobError, NonFiniteLoss
 from shardwise.parallel.parallelize import Replica, parallelize
 from shardwise.parallel.step import evaluate, step
-from shardwise.spec.plan import Plan, Sync
+from shardwise.spec.plan import Plan
+from shardwise.spec.sync import Sync
 from tests.cpu.parallel import jobs
 from tests.ranks import Rank, run_ranks
 

@@ -41,7 +41,7 @@ def kill_once(at, flag):
 
 def job(steps: int = 12, dropout: float = 0.0, batch: int = 16, die_at: int = 0, flag: str = "", nan_at: int = 0,
         on_nan: str = "stop", save_every: int = 4, eval_every: int = 4, patience: int = 0, clip: float = 1.0,
-        log: str = "", width: int = 3) -> sw.TrainJob:
+        log: str = "", width: int = 3, allow: str = "") -> sw.TrainJob:
     calls = [0]
 
     def loss(output, batch):
@@ -58,9 +58,10 @@ def job(steps: int = 12, dropout: float = 0.0, batch: int = 16, die_at: int = 0,
         data=sw.arrays({"inputs": X, "targets": Y}, eval={"inputs": X[:32], "targets": Y[:32]}),
         optimizer=sw.adamw(lr=0.01, warmup=2, schedule="linear"),
         metrics={"accuracy": sw.accuracy},
+        allow=tuple(allow.split()),
         global_batch=batch,
         steps=steps,
-        clip_norm=clip,
+        clip_norm=clip or None,
         eval_every=eval_every,
         save_every=save_every,
         on_nan=on_nan,

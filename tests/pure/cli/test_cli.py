@@ -23,6 +23,7 @@ from shardwise.cli.main import run
 from shardwise.cli.new import TEMPLATES
 from shardwise.errors import JobError, RunError
 from shardwise.observe.summary import read
+from shardwise.spec.cluster import Calibration, Cluster, Device, Link, Node, Pair
 from tests.pure.observe.story import Story
 
 
@@ -110,6 +111,7 @@ def test_train_hands_everything_on_and_sums_up(api: Any, runs: Path, capsys: pyt
         {
             "sets": ["lr=3e-4", "layers=2"],
             "plan": "data=2,sync.bucket_bytes=9",
+            "cluster": None,
             "on": "local",
             "resume": "latest",
             "runs": runs,
@@ -136,6 +138,40 @@ def test_plan_prints_the_report(api: Any, capsys: pytest.CaptureFixture[str]) ->
     assert run(["plan", "job.py:tiny", "--set", "a=1", "--cluster", "c.toml"]) == 0
     assert api.calls["plan"] == (("job.py:tiny",), {"sets": ["a=1"], "plan": None, "cluster": "c.toml"})
     assert capsys.readouterr().out == "plan      data=2\n"
+
+
+def test_cluster_calibrate_draws_tables_and_says_where_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link = Link(latency_s=2e-5, bandwidth=2.0**30, measured=True)
+    pairs = (Pair(source=0, target=1, link=link), Pair(source=1, target=0, link=link))
+    measured = Calibration(backend="gloo", ranks=2, pairs=pairs, collectives={"all_reduce": ((1024, 1e-3),)})
+    node = Node(devices=(Device(kind="cpu", memory_bytes=1),), link=link)
+    found = types.SimpleNamespace(
+        cluster=Cluster(nodes=(node,), calibrations=(measured,)), seconds=7.0, written=[Path("links.json")]
+    )
+    module: Any = types.ModuleType("shardwise.train.calibrate")
+    calls: list[dict[str, Any]] = []
+
+    def calibrate(**told: Any) -> Any:
+        calls.append(told)
+        return found if told["ranks"] else None
+
+    module.calibrate = calibrate
+    monkeypatch.setitem(sys.modules, "shardwise.train.calibrate", module)
+    monkeypatch.setattr(shardwise.train, "calibrate", module, raising=False)
+    assert run(["cluster", "calibrate", "--ranks", "2", "--on", "local", "--out", "c.json"]) == 0
+    assert capsys.readouterr().out == (
+        "measured    2 ranks on 1 host over gloo, in 7.0 s\n\n"
+        "latency, from a rank to another\n        to 0   to 1\nrank 0  -      20 us\nrank 1  20 us  -\n\n"
+        "bandwidth, from a rank to another\n        to 0       to 1\nrank 0  -          1.0 GiB/s\n"
+        "rank 1  1.0 GiB/s  -\n\n"
+        "collectives, by the bytes of the whole tensor\n            1.0 KiB\nall_reduce  1.0 ms\n\n"
+        "saved       links.json\n            plan and train on this machine use it\n"
+    )
+    assert run(["cluster", "calibrate", "--on", "env"]) == 0
+    assert capsys.readouterr().out == "", "a rank but the first of another launcher says nothing"
+    assert calls == [{"ranks": 2, "on": "local", "out": Path("c.json")}, {"ranks": None, "on": "env", "out": None}]
 
 
 def test_show_prints_the_summary_and_writes_the_report(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

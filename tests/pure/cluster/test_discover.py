@@ -14,8 +14,6 @@ import pytest
 
 from shardwise.cluster import probe
 from shardwise.cluster.discover import (
-    LOOPBACK_LINK,
-    SHARED_LINK,
     cpu_model,
     discover,
     find_gpus,
@@ -26,7 +24,7 @@ from shardwise.cluster.discover import (
     visible,
 )
 from shardwise.errors import ClusterError
-from shardwise.spec.cluster import Link
+from shardwise.spec.cluster import TRANSPORTS
 
 SMI = """\
 0, GPU-aaaa-1, NVIDIA H100 80GB HBM3, 81559
@@ -192,13 +190,23 @@ def test_a_kept_measurement_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert sum(device.memory_bytes for device in measured.devices) <= measured.nodes[0].memory_bytes
 
 
-@pytest.mark.parametrize(("kernel", "link"), [(None, LOOPBACK_LINK), (Path("_shm.so"), SHARED_LINK)])
-def test_ranks_without_the_compiled_kernel_are_expected_to_talk_over_gloo(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: Path | None, link: Link
+@pytest.mark.parametrize(
+    ("kernel", "asked", "backend"),
+    [
+        (None, "auto", "shm-torch"),
+        (None, "shm", "shm-torch"),
+        (Path("_shm.so"), "auto", "shm"),
+        (Path("_shm.so"), "gloo", "gloo"),
+        (Path("_shm.so"), "shm-torch", "shm-torch"),
+    ],
+)
+def test_the_link_of_ranks_is_that_of_the_transport_that_they_will_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: Path | None, asked: str, backend: str
 ) -> None:
+    monkeypatch.setenv("SHARDWISE_TRANSPORT", asked)
     monkeypatch.setattr("shardwise.cluster.discover.find_gpus", lambda: [])
     monkeypatch.setattr("shardwise.cluster.discover.library", lambda: kernel)
-    assert discover(probe=False, cache=tmp_path / "cluster.json").nodes[0].link == link
+    assert discover(probe=False, cache=tmp_path / "cluster.json").nodes[0].link == TRANSPORTS[backend].link
 
 
 def test_gpus_are_the_devices_where_there_are_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +221,7 @@ def test_gpus_are_the_devices_where_there_are_some(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("raw", ["", "[]", "{", '{"key": 3}', '{"key": {"cpu": {"float32": "fast"}}}', "\x00"])
 def test_a_damaged_cache_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raw: str) -> None:
     cache = tmp_path / "cluster.json"
-    cache.write_text(raw.replace("key", probe._key("cpu", 2, [])))
+    cache.write_text(raw.replace("key", probe.machine_key("cpu", 2, [])))
     monkeypatch.setattr(probe, "_in_child", lambda *args: SPEED)
     assert probe.speeds("cpu", 2, [], cache=cache) == SPEED
     assert list(json.loads(cache.read_text()).values()) == [SPEED]

@@ -14,6 +14,8 @@ from shardwise.observe.live import Display, Follow, Tail
 from shardwise.observe.narrate import Narrator, log_line
 from tests.pure.observe.story import Story
 
+SHARES = "compute 60 % communicate 20 % (200.0 ms a step) wait 10 %"
+
 
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
@@ -28,14 +30,16 @@ def shown(run: Path, of_steps: int | None = None) -> list[str]:
 
 
 def test_plain_lines_of_a_run(tmp_path: Path) -> None:
-    story = Story().start(steps=12, predicted={"step_s": 0.5, "peak_bytes": 1024})
+    predicted = {"step_s": 0.5, "peak_bytes": 1024, "parts_s": {"communication": 0.125}}
+    story = Story().start(steps=12, predicted=predicted)
     story.tell("data_ready", 1.0, seconds=1.0, facts={"tokens": 5_000_000, "vocab": 4096})
+    story.tell("connected", axes=[{"axis": "data", "ranks": 2, "backend": "shm"}])
     story.tell("rank_ready", rank=1, seconds=0.1).tell("rank_ready", rank=0, seconds=0.2)
     for step in range(1, 13):
         story.step(step, 10.0 - step / 2)
     story.tell("evaluation", step=12, loss=4.0, perplexity=54.6, seconds=2.0)
     story.tell("checkpoint_saved", step=12, seconds=0.5, bytes=2048, path="p")
-    story.tell("run_finished", step=12, seconds=15.0, status="finished")
+    story.tell("wire", rank=0, groups=[]).tell("run_finished", step=12, seconds=15.0, status="finished")
     run = story.write(tmp_path / "r")
     (run / "job.json").write_text('{"parameters": {"lr": 0.1}}')
     lines = shown(run)
@@ -43,13 +47,14 @@ def test_plain_lines_of_a_run(tmp_path: Path) -> None:
         f"run         {run}",
         "job         j.py:job   lr=0.1",
         "plan        data=2   on 2 ranks",
-        "predicted   500.0 ms a step, 1.0 KiB a rank, 12 steps in 6.0 s",
+        "predicted   500.0 ms a step (125.0 ms of it exposed communication), 1.0 KiB a rank, 12 steps in 6.0 s",
         "data        5.0 M tokens, vocab 4096   1.0 s",
+        "mesh        data: 2 ranks over shm",
         "ranks       2 ready   200.0 ms",
-        "step         1/12   loss 9.500   80 tokens/s   compute 60 % communicate 20 % wait 10 %   11 s left",
-        "step         6/12   loss 7.000   80 tokens/s   compute 60 % communicate 20 % wait 10 %   6 s left",
-        "step        11/12   loss 4.500   80 tokens/s   compute 60 % communicate 20 % wait 10 %   1 s left",
-        "step        12/12   loss 4.000   80 tokens/s   compute 60 % communicate 20 % wait 10 %",
+        f"step         1/12   loss 9.500   80 tokens/s   {SHARES}   11 s left",
+        f"step         6/12   loss 7.000   80 tokens/s   {SHARES}   6 s left",
+        f"step        11/12   loss 4.500   80 tokens/s   {SHARES}   1 s left",
+        f"step        12/12   loss 4.000   80 tokens/s   {SHARES}",
         "held out    12/12   loss 4.000   perplexity 54.6   2.0 s",
         "saved       12/12   2.0 KiB   500.0 ms",
         "finished    at step 12   15.0 s",

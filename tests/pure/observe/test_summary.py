@@ -16,7 +16,7 @@ from shardwise.observe import history
 from shardwise.observe.html import plan_html, summary_html
 from shardwise.observe.narrate import Narrator
 from shardwise.observe.report import report_html
-from shardwise.observe.summary import read, summarise
+from shardwise.observe.summary import read, summarise, warning_text
 from shardwise.observe.text import summary_text
 from shardwise.observe.trackers import scalars
 from shardwise.spec.cluster import Cluster, Device, Link, Node
@@ -176,6 +176,12 @@ def test_a_plan_as_html_shows_its_mesh_and_its_prediction() -> None:
     assert "one rank" in plan_html(Plan())
 
 
+def test_what_auto_did_is_told() -> None:
+    chosen = {"event": "sync_chosen", "word": "local", "why": "the link carries 100 Mbit/s."}
+    assert warning_text(chosen) == "sync=auto: the link carries 100 Mbit/s."
+    assert "went back to all_reduce: it rose" in warning_text({"event": "sync_given_up", "why": "it rose"})
+
+
 NAMES = (
     "run_started",
     "data_ready",
@@ -187,6 +193,8 @@ NAMES = (
     "resumed",
     "non_finite",
     "early_stop",
+    "sync_chosen",
+    "sync_given_up",
     "memory",
     "run_finished",
     "run_failed",
@@ -195,8 +203,8 @@ NAMES = (
 )
 FIELDS = """
 t step loss lr samples tokens weight seconds compute_s comm_s wait_s optimizer_s grad_norm skipped perplexity rank
-peak_bytes bytes path status message kind run job ranks plan steps predicted facts from_ranks best_step accuracy
-""".split()  # noqa: SIM905 - a list of 32 strings is longer than it is clear
+peak_bytes bytes path why status message kind run job ranks plan steps predicted facts from_ranks best_step accuracy
+""".split()  # noqa: SIM905 - a list of 33 strings is longer than it is clear
 NUMBERS = st.one_of(st.integers(-3, 50), st.integers(), st.floats(), st.just(10**400))
 VALUES: st.SearchStrategy[Any] = st.one_of(
     NUMBERS,

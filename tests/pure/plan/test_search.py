@@ -8,9 +8,10 @@ import pytest
 from msgspec import structs
 
 from shardwise.errors import NoPlanFits, ShardwiseError, SpecError
+from shardwise.plan.cost import bucket_bytes
 from shardwise.plan.explain import explain
 from shardwise.plan.search import search
-from shardwise.spec.cluster import Cluster, Device, Link, Node
+from shardwise.spec.cluster import Calibration, Cluster, Device, Link, Node
 from shardwise.spec.job import JobFacts
 from shardwise.spec.plan import parse_plan
 from shardwise.spec.profile import BlockProfile, ModelProfile
@@ -43,14 +44,27 @@ def test_the_default_plan_is_one_replica_a_device() -> None:
 
 
 def test_the_prediction_adds_up_and_follows_from_the_numbers() -> None:
-    plan = search(PROFILE, cluster(2), JOB)
+    plan = search(PROFILE, cluster(2), JOB, parse_plan("sync.bucket_bytes=8000000"))
     assert plan.predicted is not None
     assert plan.predicted.step_s == pytest.approx(sum(plan.predicted.parts_s.values()))
     assert plan.predicted.peak_bytes == sum(plan.predicted.parts_bytes.values())
     assert plan.predicted.parts_s["forward"] == pytest.approx(16 * 4e9 / 1e11)
-    assert plan.predicted.parts_s["communication"] == pytest.approx(2 * 1e-3 + 16e6 / 1e9)
+    assert plan.predicted.parts_s["communication"] == pytest.approx(2 * 1e-3 + 8e6 / 1e9), "the last bucket"
     assert plan.predicted.parts_bytes["optimizer"] == 4 * 10**6 * 8
     assert plan.predicted.parts_bytes["activations"] == 16 * 4 * 10**7
+
+
+def test_measured_ranks_decide_the_size_of_buckets_and_the_plan_says_so() -> None:
+    rows = ((1000, 1e-4), (10**7, 1e-2))
+    measured = structs.replace(
+        cluster(2), calibrations=(Calibration(backend="gloo", ranks=2, collectives={"all_reduce": rows}),)
+    )
+    plan = search(PROFILE, measured, JOB)
+    assert plan.sync.bucket_bytes == bucket_bytes(PROFILE.parameter_bytes, measured, 2) > 0
+    assert f"sync.bucket_bytes={plan.sync.bucket_bytes}" in str(plan)
+    assert search(PROFILE, measured, JOB, parse_plan("sync.bucket_bytes=8000000")).sync.bucket_bytes == 8_000_000
+    assert search(PROFILE, cluster(2), JOB).sync.bucket_bytes == 0, "where nobody measured, the transport decides"
+    assert search(PROFILE, measured, JOB, {"data": 1}).sync.bucket_bytes == 0
 
 
 def test_microbatches_that_change_the_numbers_must_be_asked_for() -> None:

@@ -9,7 +9,8 @@ import pytest
 from shardwise.errors import SpecError
 from shardwise.spec import files
 from shardwise.spec.cluster import Cluster, Device, Link, Node
-from shardwise.spec.plan import Plan, Sync
+from shardwise.spec.plan import Plan
+from shardwise.spec.sync import Sync
 
 CLUSTER = Cluster(
     nodes=(

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwise.errors import SpecError
-from shardwise.spec.plan import AXES, Plan, Sync, build_plan, parse_plan
+from shardwise.spec.plan import AXES, Plan, build_plan, parse_plan
+from shardwise.spec.sync import Sync
 
 plans = st.builds(
     Plan,
@@ -16,7 +17,12 @@ plans = st.builds(
     microbatches=st.integers(1, 8),
     precision=st.sampled_from(["float32", "bfloat16"]),
     exact=st.booleans(),
-    sync=st.builds(Sync, word=st.sampled_from(["all_reduce", "local"]), every=st.integers(1, 9)),
+    sync=st.one_of(
+        st.builds(Sync, bucket_bytes=st.integers(1, 10**9)),
+        st.builds(Sync, word=st.just("local"), every=st.integers(1, 9), bits=st.sampled_from([32, 16, 8, 4])),
+        st.builds(Sync, word=st.just("param_server"), bound=st.integers(0, 9)),
+        st.builds(Sync, word=st.just("compressed"), method=st.just("topk"), density=st.floats(0.001, 1)),
+    ),
 )
 
 
@@ -50,7 +56,13 @@ def test_every_rank_has_its_own_coordinates_and_neighbours_differ_in_the_last_ax
         ("data", "no value"),
         ("zero=4", "1, 2 or 3"),
         ("sync=everything", "sync"),
-        ("sync.bucket_bytes=0", "at least 1"),
+        ("sync.bucket_bytes=-1", "negative"),
+        ("sync.every=5", "belongs to local/sgd"),
+        ("sync=local,sync.method=int8", "no method of sync=local"),
+        ("sync=compressed,sync.method=topk,sync.density=0", "above 0"),
+        ("sync=local,sync.method=post_local", "needs sync.start"),
+        ("sync=local,sync.every=5,sync.overlap=5", "must be below"),
+        ("sync=local,sync.method=streaming,sync.every=2", "a step of its own"),
     ],
 )
 def test_a_bad_plan_says_what_is_wrong(text: str, says: str) -> None:
@@ -60,7 +72,13 @@ def test_a_bad_plan_says_what_is_wrong(text: str, says: str) -> None:
 
 
 def test_a_string_fixes_only_what_it_names() -> None:
-    assert parse_plan("data=2,sync.every=50") == {"data": "2", "sync": {"every": "50"}}
+    assert parse_plan("data=2,sync=local,sync.every=50") == {"data": "2", "sync": {"word": "local", "every": "50"}}
+
+
+def test_a_bound_asks_for_bounded_staleness() -> None:
+    assert Sync(word="param_server", bound=4).method == "stale"
+    assert Sync(word="param_server").method == "sync"
+    assert [Sync(word="param_server").exact, Sync(word="param_server", backup=1).exact] == [True, False]
 
 
 def test_stages_must_match_the_pipeline_axis() -> None:
