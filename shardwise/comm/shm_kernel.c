@@ -30,7 +30,6 @@
 #define WIDE
 #endif
 #if defined(__x86_64__)
-#include <immintrin.h>
 #define RELAX() __builtin_ia32_pause()
 #elif defined(__aarch64__)
 #define RELAX() __asm__ volatile("yield")
@@ -41,7 +40,6 @@
 enum { LINE = 64, SLOTS = 2, HEADER = 128, BLOCK = 1024, WHY = 960 };
 enum { SMALL = 1 << 15, SMALL_OF_TWO = 1 << 18 }; /* bytes up to which every rank reads every other's chunk */
 enum { COPIED = 1 << 18, STEP = 1 << 16 };    /* bytes of a chunk that is only copied, of a step of a message */
-enum { STREAMED = 1 << 12, NEAR_FROM = 1 << 14, NEAR_TO = 1 << 18, FAR_NS = 70, VOTES = 8 }; /* for `lay` and `gauge` */
 enum { STRIDE = 512 };                        /* bytes after which a large all-reduce goes over to its next stream */
 enum { SPIN_NS = 50000, TURNS = 16, YIELD_NS = 100000, NAP_NS = 5000000, HELP_AFTER_NS = 1000000, LINGER = 20 };
 enum kind { BARRIER, ALL_REDUCE, REDUCE, BROADCAST, ALL_GATHER, REDUCE_SCATTER, GATHER, SCATTER, ALL_TO_ALL, SEND, RECV };
@@ -56,12 +54,11 @@ static const char *DTYPES[] = {"float32", "float64", "bfloat16", "float16", "int
 static const char *REDUCTIONS[] = {"sum", "avg", "product", "min", "max", "band", "bor", "bxor"};
 static const size_t WIDTH[] = {4, 8, 2, 2, 1, 1, 2, 4, 8, 1};
 
-typedef struct {                              /* one a rank; what others poll or measure lies apart, for prefetchers' sake */
+typedef struct {                              /* one a rank; what others poll lies apart, for prefetchers' sake */
     _Alignas(4 * LINE) _Atomic uint64_t count; /* phases that it has ended */
     _Alignas(4 * LINE) _Atomic uint32_t bell; /* the futex that its threads sleep on */
     _Atomic uint32_t sleepers;
     _Atomic uint32_t left;                    /* it ended without an error */
-    _Alignas(4 * LINE) volatile uint64_t mark; /* written just before `count`, for `gauge` */
 } Line;
 
 typedef struct {                              /* the head of the segment */
@@ -84,7 +81,7 @@ typedef struct Op {
     uint32_t kind, dtype, reduction, root;
     uint64_t serial, bytes, most;             /* bytes: of one rank's tensor; most: of the largest piece */
     uint64_t first, k, phases, chunk;
-    int split, shared, streamed;
+    int split, shared;
     char **in, **out;                         /* by rank, where the operation has pieces */
     uint64_t *in_bytes, *out_bytes;           /* one after the other */
     int64_t peer, tag;                        /* of a message */
@@ -116,8 +113,6 @@ typedef struct Context {
     uint64_t phase, serial;
     int messages;                             /* whether there ever were any */
     int rooted;                               /* the last operation was not compared with all ranks */
-    int far;                                  /* votes that other ranks' cores share no cache with this one: `gauge` */
-    int64_t clock_ns;
     _Atomic int news, open, waiting, closing, asleep;
     pthread_t helper;
     _Atomic int helped;
@@ -138,24 +133,6 @@ WIDE static void copy(void *to, const void *from, size_t bytes) {
     }
     memcpy((char *)to + at, (const char *)from + at, bytes - at);
 }
-
-/* Past the caches, to a place that is aligned to a line. FENCE before anybody is told of it. */
-#if defined(__x86_64__)
-static void stream(void *to, const void *from, size_t bytes) {
-    size_t at = 0;
-    for (; at + LINE <= bytes; at += LINE) {
-        __m128i *t = (__m128i *)((char *)to + at);
-        const __m128i *f = (const __m128i *)((const char *)from + at);
-        __m128i a = _mm_loadu_si128(f), b = _mm_loadu_si128(f + 1), c = _mm_loadu_si128(f + 2), d = _mm_loadu_si128(f + 3);
-        _mm_stream_si128(t, a); _mm_stream_si128(t + 1, b); _mm_stream_si128(t + 2, c); _mm_stream_si128(t + 3, d);
-    }
-    memcpy((char *)to + at, (const char *)from + at, bytes - at);
-}
-#define FENCE() _mm_sfence()
-#else
-#define stream copy
-#define FENCE() ((void)0)
-#endif
 
 static inline float from_bf16(uint16_t h) { uint32_t u = (uint32_t)h << 16; float f; memcpy(&f, &u, 4); return f; }
 static inline uint16_t to_bf16(float f) {
@@ -384,25 +361,6 @@ static uint64_t share(uint64_t bytes, int n) { return rounded((bytes + n - 1) / 
 static int rooted(uint32_t kind) { return kind == REDUCE || kind == BROADCAST || kind == GATHER || kind == SCATTER; }
 static int is_root(Context *c, Op *o) { return (int)o->root == c->rank; }
 
-/* Write for another rank to read. Between cores that share a cache that is where much data should stay. Between others
- * each line would have to be fetched out of the cache of the one that wrote it, which takes several times as long as the
- * way through memory; and little data that goes to and fro takes longer out of the first cache of another core. */
-static void lay(int streamed, char *to, const char *from, uint64_t bytes) {
-    if (streamed) stream(to, from, bytes); else copy(to, from, bytes);
-}
-static int streams(Context *c, uint64_t bytes) {
-    return bytes >= STREAMED && (c->far > 0 || (!c->crowded && bytes >= NEAR_FROM && bytes <= NEAR_TO));
-}
-
-/* Whether they share one shows in how long it takes to read a line that another rank has just written. It may change
- * at any time, since processes move between cores and virtual cores between real ones: so every phase has a vote. */
-static void gauge(Context *c, const volatile uint64_t *line) {
-    int64_t before = now_ns();
-    (void)*line;
-    int far = now_ns() - before - c->clock_ns > FAR_NS ? c->far + 2 : c->far - 1; /* some may well share this one's core */
-    c->far = far > VOTES ? VOTES : far < -VOTES ? -VOTES : far;
-}
-
 static void keep_own(Context *c, Op *o) { /* what a rank sends to itself */
     char *from = o->in[0], *to = o->out[0];
     uint64_t bytes = o->bytes;
@@ -426,7 +384,6 @@ static void begin(Context *c, Op *o) {
     o->first = c->phase;
     o->chunk = smaller(c->chunk, COPIED);
     o->phases = 1;
-    o->streamed = streams(c, o->bytes | o->most);
     switch (o->kind) {
     case BARRIER: return;
     case ALL_REDUCE:
@@ -473,11 +430,11 @@ static void split(Context *c, Op *o, uint64_t phase) {
     }
     for (uint64_t at = 0; at < each; at += STRIDE) {
         for (int r = 0; r < c->n; r++)
-            if ((n = stretch(goes[r], at))) lay(o->streamed, mine + r * each + at, in + goes[r].from + at, n);
+            if ((n = stretch(goes[r], at))) copy(mine + r * each + at, in + goes[r].from + at, n);
         if ((n = stretch(own, at))) {
             for (int r = 0; r < c->n; r++) now[r] = src[r] + at;
             shm_reduce(out + own.from + at, now, c->n, n, o->dtype, o->reduction);
-            lay(o->streamed, mine + c->rank * each + at, out + own.from + at, n);
+            copy(mine + c->rank * each + at, out + own.from + at, n);
         }
         for (int r = 0; r < c->n; r++)
             if ((n = stretch(comes[r], at))) copy(out + comes[r].from + at, data(c, r, phase - 1) + r * each + at, n);
@@ -509,25 +466,25 @@ static void put(Context *c, Op *o, uint64_t phase) {
         }
         /* fall through */
     case REDUCE: case GATHER:
-        if (o->kind == ALL_REDUCE || !is_root(c, o)) lay(o->streamed, to, o->in[0] + at, part(o, o->bytes, o->k));
+        if (o->kind == ALL_REDUCE || !is_root(c, o)) copy(to, o->in[0] + at, part(o, o->bytes, o->k));
         return;
     case BROADCAST:
-        if (is_root(c, o)) lay(o->streamed, to, o->in[0] + at, part(o, o->bytes, o->k));
+        if (is_root(c, o)) copy(to, o->in[0] + at, part(o, o->bytes, o->k));
         return;
     case ALL_GATHER:
-        if (at < o->in_bytes[c->rank]) lay(o->streamed, to, o->in[0] + at, part(o, o->in_bytes[c->rank], o->k));
+        if (at < o->in_bytes[c->rank]) copy(to, o->in[0] + at, part(o, o->in_bytes[c->rank], o->k));
         return;
     case SCATTER:
         if (!is_root(c, o)) return;
         /* fall through */
     case REDUCE_SCATTER:
         for (int r = 0; r < c->n; r++)
-            if (r != c->rank) lay(o->streamed, to + r * o->chunk, o->in[r] + at, part(o, o->bytes, o->k));
+            if (r != c->rank) copy(to + r * o->chunk, o->in[r] + at, part(o, o->bytes, o->k));
         return;
     case ALL_TO_ALL:
         if (o->k == 0) copy(to, o->in_bytes, 2 * c->n * sizeof *o->in_bytes); /* and out_bytes */
         for (int r = 0; r < c->n; r++)
-            if (r != c->rank && at < o->in_bytes[r]) lay(o->streamed, to + sizes(c) + r * o->chunk, o->in[r] + at, part(o, o->in_bytes[r], o->k));
+            if (r != c->rank && at < o->in_bytes[r]) copy(to + sizes(c) + r * o->chunk, o->in[r] + at, part(o, o->in_bytes[r], o->k));
         return;
     }
 }
@@ -646,8 +603,6 @@ static int agreed_before(Context *c, uint64_t phase) {
 
 /* The phase is over on this rank. Who waits, waits for all or for the root: nobody else need wake a sleeper. */
 static void publish(Context *c, Op *o, uint64_t phase) {
-    FENCE();
-    if ((o->bytes | o->most) >= STREAMED) c->lines[c->rank].mark = phase;
     atomic_store(&c->lines[c->rank].count, phase + 1);
     int all = 1;
     for (int r = 0; r < c->n; r++) all = all && atomic_load(&c->lines[r].count) > phase;
@@ -661,8 +616,6 @@ static int advance(Context *c, Op *o) {
         int last = o->k == o->phases; /* only reads */
         if (!(last ? needed_reached(c, o, phase) : all_reached(c, phase))) return 0;
         if (o->k == 0 && c->rooted && !agreed_before(c, phase - 1)) return 0;
-        int other = (c->rank + 1 + (int)((o->serial + o->k) % c->n)) % c->n; /* one of them in turn */
-        if (o->k && (o->bytes | o->most) >= STREAMED && needs(c, o, other)) gauge(c, &c->lines[other].mark);
         if (o->k == 1) {
             if (!agreed(c, o, phase - 1)) return 0;
             learn(c, o, phase - 1);
@@ -685,8 +638,8 @@ static char *flow(Pipe *p) { return (char *)(p + 1); }
 
 static void pour(Context *c, Pipe *p, uint64_t at, const char *bytes, uint64_t n) {
     uint64_t from = at % c->pipe, first = smaller(n, c->pipe - from);
-    lay(c->far > 0 && n >= STREAMED, flow(p) + from, bytes, first);
-    lay(c->far > 0 && n >= STREAMED, flow(p), bytes + first, n - first);
+    copy(flow(p) + from, bytes, first);
+    copy(flow(p), bytes + first, n - first);
 }
 static void draw(Context *c, Pipe *p, uint64_t at, void *bytes, uint64_t n) {
     uint64_t from = at % c->pipe, first = smaller(n, c->pipe - from);
@@ -715,7 +668,6 @@ static int send_some(Context *c, int to) { /* how many operations ended */
             o->done_bytes += n; at += rounded(n);
         }
         if (at == began) return ended;
-        FENCE();
         atomic_store(&p->written, at);
         ring(c, to);
         if (o->done_bytes < o->bytes) continue;
@@ -758,7 +710,6 @@ static int receive_some(Context *c, int from) {
         uint64_t left = atomic_load_explicit(&p->written, memory_order_acquire) - at;
         if (!now->active) {
             if (!c->receives || !left) return ended;
-            gauge(c, (uint64_t *)(flow(p) + at % c->pipe));
             draw(c, p, at, &now->frame, sizeof(Frame));
             at += sizeof(Frame); left -= sizeof(Frame);
             now->active = 1; now->got = 0;
@@ -981,11 +932,6 @@ Context *shm_open_group(char *base, int rank, int n, uint64_t chunk, uint64_t pi
     c->end = &c->posted;
     pthread_mutex_init(&c->lock, NULL);
     pthread_mutex_init(&c->door, NULL);
-    c->clock_ns = INT64_MAX;
-    for (int i = 0; i < 10; i++) {
-        int64_t before = now_ns(), took = now_ns() - before;
-        if (took < c->clock_ns) c->clock_ns = took;
-    }
     return c;
 }
 

@@ -513,7 +513,10 @@ def random_death(rank: Rank, seed: int) -> str:
                     time.sleep(delay)
                     os.kill(pid, signal.SIGKILL)
                     os._exit(0)
-            kind, numel = draw.choice(["all_reduce", "blocking", "all_gather", "shared"]), draw.choice([1, 1000, 200_000])
+            kind, numel = (
+                draw.choice(["all_reduce", "blocking", "all_gather", "shared"]),
+                draw.choice([1, 1000, 200_000]),
+            )
             if kind == "all_gather":
                 whole = torch.empty(rank.world * numel)
                 group.all_gather_single(whole, torch.full((numel,), float(rank.rank))).wait()
