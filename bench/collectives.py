@@ -16,10 +16,10 @@ from bench.rounds import Lost, Outcome, play
 from bench.rows import Row, missing, ratio, row
 from bench.subject import Subject, close_all
 
-ROUNDS, LARGE_ROUNDS, QUICK_ROUNDS = 8, 4, 3
+ROUNDS, LARGE_ROUNDS, QUICK_ROUNDS = 8, 3, 3
 START_S, TURN_S = 60.0, 60.0
 TURN_BYTES = 200 << 20  # what a turn moves at most; at least 3 calls, at most 300
-LARGE_BYTES = 25 << 20  # from here a case has LARGE_ROUNDS
+LARGE_BYTES = 25 << 20  # from here a case other than all-reduce has LARGE_ROUNDS
 LATENCY_BYTES = 64 << 10  # up to here a case is about latency
 MODULE = "bench.subjects.collectives"
 
@@ -76,7 +76,8 @@ class Case:
 
     @property
     def rounds(self) -> int:
-        return LARGE_ROUNDS if self.nbytes >= LARGE_BYTES else ROUNDS
+        large = self.nbytes >= LARGE_BYTES and self.operation != "all_reduce"
+        return LARGE_ROUNDS if large else ROUNDS
 
     @property
     def metric(self) -> str:
