@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Callable
 from typing import Any
@@ -53,20 +52,19 @@ def zeros(transport: str, count: int) -> torch.Tensor:
 
 
 def kernel_call(tensor: torch.Tensor) -> Callable[[], None]:
-    """Two calls into the compiled kernel, with nothing of torch around them."""
+    """One call into the compiled kernel, with nothing of torch around it."""
     from shardwise.comm.kernel import Kind, kernel
 
     shm = dist.group.WORLD._inners["cpu"].backend  # type: ignore[union-attr]
-    start, wait, release, context = kernel().shm_start, kernel().shm_wait, kernel().shm_release, shm.context
-    where = ctypes.byref(ctypes.c_void_p(tensor.data_ptr()))
-    size = ctypes.byref(ctypes.c_uint64(tensor.nbytes))
-    nbytes = tensor.nbytes
+    run, wait, release, context = kernel().shm_run, kernel().shm_wait, kernel().shm_release, shm.context
+    at, nbytes, what = tensor.data_ptr(), tensor.nbytes, int(Kind.ALL_REDUCE)
 
     def call() -> None:
-        handle = start(context, Kind.ALL_REDUCE, 0, 0, 0, nbytes, 1, where, size, 1, where, size)
-        while wait(context, handle, 1.0) == 1:
-            continue
-        release(context, handle)
+        slow = run(context, what, at, at, nbytes)
+        while slow is not None:
+            if wait(context, slow, 1.0) != 1:
+                release(context, slow)
+                return
 
     return call
 

@@ -107,7 +107,7 @@ class Blockwise:
         if self._bits == 2:
             steps.clamp_(-1, 1)
         # The halves or quarters of a block share its bytes: all are read and written in runs.
-        parts = [part.to(torch.int8) for part in steps.chunk(8 // self._bits, dim=1)]
+        parts = steps.to(torch.int8).chunk(8 // self._bits, dim=1)
         torch.bitwise_left_shift(parts[-1], 8 - self._bits, out=codes)
         for place, part in enumerate(parts[:-1]):
             codes.bitwise_or_(part.bitwise_and_(2**self._bits - 1).bitwise_left_shift_(place * self._bits))

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 import torch.distributed.distributed_c10d as dist
 from torch import Tensor
+from torch.distributed import Work
 
 from shardwise.comm.group import Group
 from shardwise.comm.tree import Node, owners, tree_sum
-from shardwise.comm.work import GuardedWork
 
 
 class TreeSum:
@@ -57,7 +57,7 @@ class TreeSum:
 class TreeExchange:
     """A tree sum under way."""
 
-    def __init__(self, work: GuardedWork, result: Tensor, rest: tuple[TreeSum, Tensor, int] | None) -> None:
+    def __init__(self, work: Work, result: Tensor, rest: tuple[TreeSum, Tensor, int] | None) -> None:
         self._work = work
         self._result = result
         self._rest = rest

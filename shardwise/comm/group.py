@@ -19,11 +19,13 @@ from torch._C._distributed_c10d import AllgatherOptions
 from torch._C._distributed_c10d import Backend as NativeBackend
 
 from shardwise.comm.backends import BACKENDS, Inner, Membership, shm
+from shardwise.comm.direct import Direct
+from shardwise.comm.kernel import Kind
 from shardwise.comm.shm import Shm
 from shardwise.comm.shm_work import ShmFailure
 from shardwise.comm.store import LOOPBACK, first_line
 from shardwise.comm.waits import Waits
-from shardwise.comm.work import GuardedWork, Tag
+from shardwise.comm.work import GuardedWork, Tag, profiling, section
 from shardwise.comm.worker import Unhurried
 from shardwise.errors import CommError
 
@@ -76,7 +78,7 @@ class Group(dist.ProcessGroup):
         self._store = store
         self._inners = inners
         self._lock = threading.Lock()
-        self._recent: collections.deque[Tag] = collections.deque(maxlen=REMEMBERED)
+        self._recent: collections.deque[tuple[int, str]] = collections.deque(maxlen=REMEMBERED)
         self._why_aborted: str | None = None
         self._name = name
         self._desc = name
@@ -87,6 +89,8 @@ class Group(dist.ProcessGroup):
         self.step = 0
         self.wire: dict[str, tuple[int, int]] = {}
         self.waits = Waits()
+        memory = inners["cpu"].backend if "cpu" in inners else None
+        self._direct = Direct(self, memory) if type(memory) is Shm else None
         kinds = {"cpu": dist.ProcessGroup.BackendType.GLOO, "cuda": dist.ProcessGroup.BackendType.NCCL}
         for device, inner in inners.items():
             if isinstance(inner.backend, NativeBackend):  # what is not overridden below falls through to it
@@ -192,7 +196,7 @@ class Group(dist.ProcessGroup):
         else:
             told = "; ".join(f"rank {self.ranks[r]}: {why}" for r, why in sorted(reasons.items()))
             who = f"Every other rank still answers ({told})."
-        last = ", ".join(f"{t.sequence} {t.op}" for t in list(self._recent)[-5:])
+        last = ", ".join(f"{sequence} {op}" for sequence, op in list(self._recent)[-5:])
         return f"{who} The last operations here were: {last}. Look at the end of the other ranks' logs for the cause."
 
     def _reasons(self) -> dict[int, str]:
@@ -224,20 +228,34 @@ class Group(dist.ProcessGroup):
                 return shared
         return torch.zeros(numel, dtype=dtype, device=device)
 
+    def _enter(self, op: str, nbytes: int, peer: int | None = None) -> int:
+        """The number of an operation that begins now; the caller holds the lock. Raises CommError after an abort."""
+        self._sequence += 1
+        if self._why_aborted is not None:
+            raise self.aborted_error(self._tag(op, self._sequence, peer))
+        self._recent.append((self._sequence, op))
+        messages, moved = self.wire.get(op, (0, 0))
+        self.wire[op] = (messages + 1, moved + nbytes)
+        return self._sequence
+
+    def _tag(self, op: str, sequence: int, peer: int | None = None) -> Tag:
+        return Tag(self.settings.generation, self.step, sequence, op, peer)
+
     def _run(self, op: str, tensors: Any, call: Callable[[Any], Any], peer: int | None = None) -> GuardedWork:
         """Issue one operation: `call(backend)` returns the backend's work. `tensors` are what it sends or receives,
         `peer` is whom a message goes to or comes from."""
+        if self._direct is not None and profiling():
+            with section("shm", op):
+                return self._issue(op, tensors, call, peer)
+        return self._issue(op, tensors, call, peer)
+
+    def _issue(self, op: str, tensors: Any, call: Callable[[Any], Any], peer: int | None) -> GuardedWork:
         flat = _flat(tensors)
         with self._lock:
-            self._sequence += 1
-            tag = Tag(self.settings.generation, self.step, self._sequence, op, peer)
-            if self._why_aborted is not None:
-                raise self.aborted_error(tag)
-            self._recent.append(tag)
-            messages, moved = self.wire.get(op, (0, 0))
-            self.wire[op] = (messages + 1, moved + sum(t.numel() * t.element_size() for t in flat))
+            sequence = self._enter(op, sum(t.nbytes for t in flat), peer)
             device = flat[0].device.type if flat else next(iter(self._inners))
             inner = self._inner_for(device)
+            tag = self._tag(op, sequence, peer)
             try:
                 work = call(inner)
                 if op in UNHURRIED and self._inners[device].name == "gloo":
@@ -255,78 +273,90 @@ class Group(dist.ProcessGroup):
             )
         return self._inners[device].backend
 
-    def all_reduce(self, tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> GuardedWork:
+    def all_reduce(self, tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> dist.Work:
         """Start the in-place sum (or `op`) of `tensor` over the ranks; wait on what is returned."""
-        options = dist.AllreduceOptions()
-        options.reduceOp = op
-        return self._run("all_reduce", [tensor], lambda inner: inner.allreduce([tensor], options))
+        return self.allreduce([tensor], op)
 
-    def allreduce(self, tensors: Any, opts: Any = None, timeout: timedelta | None = None) -> GuardedWork:
+    def allreduce(self, tensors: Any, opts: Any = None, timeout: timedelta | None = None) -> dist.Work:
         opts = _options(dist.AllreduceOptions, opts, timeout)
-        return self._run("all_reduce", tensors, lambda inner: inner.allreduce(_list(tensors), opts))
+        short = self._direct and self._direct.in_place("all_reduce", Kind.ALL_REDUCE, tensors, opts, opts.reduceOp)
+        return short or self._run("all_reduce", tensors, lambda inner: inner.allreduce(_list(tensors), opts))
 
-    def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> GuardedWork:
+    def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> dist.Work:
         opts = opts or dist.AllreduceCoalescedOptions()
         return self._run("all_reduce_coalesced", tensors, lambda inner: inner.allreduce_coalesced(tensors, opts))
 
     def broadcast(
         self, tensors: Any, opts: Any = None, timeout: timedelta | None = None, *, root: int | None = None
-    ) -> GuardedWork:
+    ) -> dist.Work:
         if root is not None or isinstance(opts, int):
             source = root if root is not None else opts
             opts = dist.BroadcastOptions()
             opts.rootRank = source
         opts = _options(dist.BroadcastOptions, opts, timeout)
-        return self._run("broadcast", tensors, lambda inner: inner.broadcast(_list(tensors), opts))
+        short = self._direct and self._direct.in_place("broadcast", Kind.BROADCAST, tensors, opts, None, opts.rootRank)
+        return short or self._run("broadcast", tensors, lambda inner: inner.broadcast(_list(tensors), opts))
 
-    def reduce(self, tensors: Any, opts: Any = None) -> GuardedWork:
-        return self._run("reduce", tensors, lambda inner: inner.reduce(_list(tensors), opts or dist.ReduceOptions()))
+    def reduce(self, tensors: Any, opts: Any = None) -> dist.Work:
+        opts = opts or dist.ReduceOptions()
+        short = self._direct and self._direct.in_place(
+            "reduce", Kind.REDUCE, tensors, opts, opts.reduceOp, opts.rootRank
+        )
+        return short or self._run("reduce", tensors, lambda inner: inner.reduce(_list(tensors), opts))
 
-    def allgather(self, outputs: Any, inputs: Any, opts: Any = None, timeout: timedelta | None = None) -> GuardedWork:
+    def allgather(self, outputs: Any, inputs: Any, opts: Any = None, timeout: timedelta | None = None) -> dist.Work:
         if isinstance(inputs, torch.Tensor):
             outputs, inputs = [outputs], [inputs]
         opts = _options(AllgatherOptions, opts, timeout)
-        return self._run("all_gather", inputs, lambda inner: inner.allgather(outputs, inputs, opts))
+        short = self._pieces("all_gather", Kind.ALL_GATHER, outputs, inputs, opts, outputs)
+        return short or self._run("all_gather", inputs, lambda inner: inner.allgather(outputs, inputs, opts))
 
-    def all_gather_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> GuardedWork:
+    def all_gather_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> dist.Work:
         opts = _options(AllgatherOptions, opts, None)
-        return self._run("all_gather", [input], lambda inner: inner._allgather_base(output, input, opts))
+        short = self._pieces("all_gather", Kind.ALL_GATHER, [output], [input], opts, [output])
+        return short or self._run("all_gather", [input], lambda inner: inner._allgather_base(output, input, opts))
 
     _allgather_base = all_gather_single
 
-    def allgather_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> GuardedWork:
+    def allgather_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
         opts = _options(AllgatherOptions, opts, None)
         return self._run("all_gather", inputs, lambda inner: inner.allgather_coalesced(outputs, inputs, opts))
 
-    def all_gather_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> GuardedWork:
+    def all_gather_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
         works = [self.all_gather_single(o, i, opts) for o, i in zip(outputs, inputs, strict=True)]
         return self._together(works, outputs)
 
     allgather_into_tensor_coalesced = all_gather_single_coalesced  # type: ignore[assignment]
 
-    def gather(self, outputs: Any, inputs: Any, opts: Any = None) -> GuardedWork:
+    def gather(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
         opts = opts or dist.GatherOptions()
-        return self._run("gather", inputs, lambda inner: inner.gather(outputs, _list(inputs), opts))
+        short = self._pieces("gather", Kind.GATHER, outputs or [[]], _list(inputs), opts, outputs, root=opts.rootRank)
+        return short or self._run("gather", inputs, lambda inner: inner.gather(outputs, _list(inputs), opts))
 
-    def scatter(self, outputs: Any, inputs: Any, opts: Any = None) -> GuardedWork:
+    def scatter(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
         opts = opts or dist.ScatterOptions()
-        return self._run("scatter", outputs, lambda inner: inner.scatter(_list(outputs), inputs, opts))
+        short = self._pieces("scatter", Kind.SCATTER, inputs or [[]], _list(outputs), opts, outputs, root=opts.rootRank)
+        return short or self._run("scatter", outputs, lambda inner: inner.scatter(_list(outputs), inputs, opts))
 
     def reduce_scatter(
         self, outputs: Any, inputs: Any, opts: Any = None, timeout: timedelta | None = None
-    ) -> GuardedWork:
+    ) -> dist.Work:
         if isinstance(outputs, torch.Tensor):
             outputs, inputs = [outputs], [inputs]
         opts = _options(dist.ReduceScatterOptions, opts, timeout)
-        return self._run("reduce_scatter", inputs, lambda inner: inner.reduce_scatter(outputs, inputs, opts))
+        short = self._pieces("reduce_scatter", Kind.REDUCE_SCATTER, inputs, outputs, opts, outputs, opts.reduceOp)
+        return short or self._run("reduce_scatter", inputs, lambda inner: inner.reduce_scatter(outputs, inputs, opts))
 
-    def reduce_scatter_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> GuardedWork:
+    def reduce_scatter_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> dist.Work:
         opts = _options(dist.ReduceScatterOptions, opts, None)
-        return self._run("reduce_scatter", [input], lambda inner: inner._reduce_scatter_base(output, input, opts))
+        short = self._pieces("reduce_scatter", Kind.REDUCE_SCATTER, [input], [output], opts, [output], opts.reduceOp)
+        return short or self._run(
+            "reduce_scatter", [input], lambda inner: inner._reduce_scatter_base(output, input, opts)
+        )
 
     _reduce_scatter_base = reduce_scatter_single  # type: ignore[assignment]
 
-    def reduce_scatter_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> GuardedWork:
+    def reduce_scatter_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
         works = [self.reduce_scatter_single(o, i, opts) for o, i in zip(outputs, inputs, strict=True)]
         return self._together(works, outputs)
 
@@ -339,31 +369,54 @@ class Group(dist.ProcessGroup):
         output_split_sizes: Sequence[int],
         input_split_sizes: Sequence[int],
         opts: Any = None,
-    ) -> GuardedWork:
+    ) -> dist.Work:
         opts = opts or dist.AllToAllOptions()
         outs, ins = list(output_split_sizes), list(input_split_sizes)
-        return self._run("all_to_all", [input], lambda inner: inner.alltoall_base(output, input, outs, ins, opts))
+        short = self._direct and not outs and not ins and self._direct.exchange(output, input, opts)
+        return short or self._run(
+            "all_to_all", [input], lambda inner: inner.alltoall_base(output, input, outs, ins, opts)
+        )
 
     alltoall_base = all_to_all_single  # type: ignore[assignment]
 
-    def alltoall(self, outputs: Any, inputs: Any, opts: Any = None) -> GuardedWork:
+    def alltoall(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
         opts = opts or dist.AllToAllOptions()
-        return self._run("all_to_all", inputs, lambda inner: inner.alltoall(outputs, inputs, opts))
+        short = self._direct and self._direct.exchange(outputs, inputs, opts)
+        return short or self._run("all_to_all", inputs, lambda inner: inner.alltoall(outputs, inputs, opts))
 
-    def send(self, tensors: Any, dst: int, tag: int = 0) -> GuardedWork:
+    def _pieces(
+        self,
+        op: str,
+        kind: Kind,
+        wholes: Any,
+        pieces: Any,
+        opts: Any,
+        results: Any,
+        reduction: Any = None,
+        root: int | None = None,
+    ) -> dist.Work | None:
+        """The short way of what has one whole and one piece."""
+        if self._direct is None or len(pieces) != 1 or len(wholes) != 1:
+            return None
+        return self._direct.pieces(
+            op, kind, wholes[0], pieces[0], opts, results=results, reduction=reduction, root=root
+        )
+
+    def send(self, tensors: Any, dst: int, tag: int = 0) -> dist.Work:
         return self._run("send", tensors, lambda inner: inner.send(tensors, dst, tag), dst)
 
-    def recv(self, tensors: Any, src: int, tag: int = 0) -> GuardedWork:
+    def recv(self, tensors: Any, src: int, tag: int = 0) -> dist.Work:
         return self._run("recv", tensors, lambda inner: inner.recv(tensors, src, tag), src)
 
-    def recv_anysource(self, tensors: Any, tag: int = 0) -> GuardedWork:
+    def recv_anysource(self, tensors: Any, tag: int = 0) -> dist.Work:
         return self._run("recv", tensors, lambda inner: inner.recv_anysource(tensors, tag))
 
-    def barrier(self, opts: Any = None, timeout: timedelta | None = None) -> GuardedWork:
+    def barrier(self, opts: Any = None, timeout: timedelta | None = None) -> dist.Work:
         opts = _options(dist.BarrierOptions, opts, timeout)
-        return self._run("barrier", [], lambda inner: inner.barrier(opts))
+        short = self._direct and self._direct.barrier(opts)
+        return short or self._run("barrier", [], lambda inner: inner.barrier(opts))
 
-    def _together(self, works: list[GuardedWork], tensors: Any) -> GuardedWork:
+    def _together(self, works: list[dist.Work], tensors: Any) -> dist.Work:
         """One work for several: gloo has no coalesced form of these, and the last one ends last only by luck."""
         for work in works[:-1]:
             work.wait()

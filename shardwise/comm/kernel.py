@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import enum
 import functools
+import importlib
 import importlib.machinery
 from ctypes import c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
 NAME = "_shm"
+MODULE = f"shardwise.comm.{NAME}"
 TRANSPORT = "SHARDWISE_TRANSPORT"  # what carries host memory between ranks: one of
 TRANSPORTS = ("auto", "shm", "shm-torch", "gloo")  # shm-torch: shared memory without the compiled kernel
 
@@ -49,6 +52,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         c_void_p,
         [c_void_p, c_int, c_int, c_int, c_int, c_uint64, c_int, c_void_p, c_void_p, c_int, c_void_p, c_void_p],
     ),
+    "shm_begin": (c_void_p, [c_void_p, c_uint64, c_void_p, c_void_p, c_uint64]),
+    "shm_run": (c_void_p, [c_void_p, c_uint64, c_void_p, c_void_p, c_uint64]),
     "shm_message": (c_void_p, [c_void_p, c_int, c_int, c_int64, c_void_p, c_uint64]),
     "shm_wait": (c_int, [c_void_p, c_void_p, c_double]),
     "shm_test": (c_int, [c_void_p, c_void_p]),
@@ -59,7 +64,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "shm_settle": (None, [c_void_p]),
     "shm_leave": (None, [c_void_p]),
     "shm_free": (None, [c_void_p]),
-    "shm_reduce": (None, [c_void_p, c_int, c_void_p, c_int, c_uint64, c_int, c_int]),
+    "shm_reduce": (None, [c_void_p, c_void_p, c_int, c_uint64, c_int, c_int]),
 }
 
 
@@ -82,4 +87,6 @@ def kernel() -> Any:
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
+    with contextlib.suppress(ImportError):  # the same functions without ctypes, where Python's headers were there
+        loaded.__dict__.update({k: v for k, v in vars(importlib.import_module(MODULE)).items() if k in _SIGNATURES})
     return loaded

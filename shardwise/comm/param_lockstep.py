@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import Work
 
 from shardwise.comm.group import Group
 from shardwise.comm.param_flats import Flats
 from shardwise.comm.param_store import Store
-from shardwise.comm.work import GuardedWork
 
 
 class Lockstep:
@@ -28,9 +28,9 @@ class Lockstep:
         me = group.rank()
         self._mine = [torch.zeros_like(flats.piece(grads, i, me)) for i, grads in enumerate(flats.grads)]
         self._views = store.views(self._mine)
-        self._work: list[GuardedWork | None] = [None] * len(self._mine)
+        self._work: list[Work | None] = [None] * len(self._mine)
 
-    def send(self, flat: int) -> GuardedWork:
+    def send(self, flat: int) -> Work:
         """Start the sum of one flat over all workers, while others are still computed."""
         work = self._group.reduce_scatter_single(self._mine[flat], self._flats.grads[flat])
         self._work[flat] = work

@@ -19,8 +19,8 @@ from shardwise.comm.heap import Heap
 from shardwise.comm.kernel import Kind, Outcome, kernel
 from shardwise.comm.shm_work import ShmFailure, ShmWork, Started, Together
 
-CHUNK = 256 << 10  # bytes that a rank writes before the others read: two of them stay in a core's own cache
-PIPE = 64 << 10  # bytes that a message may run ahead of its receiver
+CHUNK = 1 << 20  # bytes that a rank writes before the others read
+PIPE = 1 << 20  # bytes that a message may run ahead of its receiver
 HEAP = 64 << 30  # addresses, not memory: a rank's part of the segment takes what is allocated in it
 
 DTYPES = {
@@ -68,7 +68,7 @@ class Shm:
         self._base = (ctypes.c_char * 1).from_buffer(segment)
         crowded = size > len(os.sched_getaffinity(0))
         names, watched = (ctypes.c_int * size)(*ranks), (ctypes.c_int * size)(*files[:size])
-        self.context = self._kernel.shm_open_group(
+        self.context: int = self._kernel.shm_open_group(
             ctypes.addressof(self._base), rank, size, CHUNK, PIPE, HEAP, crowded, names, watched
         )
         self.heap = Heap(segment, self._kernel.shm_fixed(size, CHUNK, PIPE) + rank * HEAP, HEAP)
@@ -179,7 +179,7 @@ class Shm:
         return works
 
     def barrier(self, opts: Any) -> Started:
-        return self._work(self._kernel.shm_start, (Kind.BARRIER, 0, 0, 0, 0, 0, None, None, 0, None, None), (), [], ())
+        return self._begun(self._kernel.shm_start, (Kind.BARRIER, 0, 0, 0, 0, 0, None, None, 0, None, None), (), [], ())
 
     # Messages.
 
@@ -252,7 +252,7 @@ class Shm:
         else:
             given = [each if each.is_contiguous() else each.detach().contiguous() for each in inputs]
         copied = [*back, *((o, c) for o, c in zip(outputs, landed, strict=True) if o is not c)]
-        return self._work(
+        return self._begun(
             self._kernel.shm_start,
             (kind, dtype, reduction, root, nbytes, len(given), _pointers(given), _sizes(given))
             + (len(landed), _pointers(landed), _sizes(landed)),
@@ -265,20 +265,37 @@ class Shm:
         landed = tensor.detach().contiguous()
         back = [(tensor, landed)] if kind is Kind.RECV and not tensor.is_contiguous() else []
         arguments = (kind, peer, tag, landed.data_ptr(), landed.nbytes)
-        return self._work(self._kernel.shm_message, arguments, landed, [tensor], back)
+        return self._begun(self._kernel.shm_message, arguments, landed, [tensor], back)
 
-    def _work(self, start: Any, arguments: tuple[Any, ...], given: Any, results: list[Any], back: Any) -> ShmWork:
+    def _work(
+        self, start: Any, arguments: tuple[Any, ...], given: Any, results: list[Any], back: Any = ()
+    ) -> ShmWork | None:
+        """Call the kernel; the work of what it began. None is what it returns for what needs no more waiting."""
         if self._orphans:
             self._sweep()
         try:
             handle = start(self.context, *arguments)
-            if handle is not None:
-                return ShmWork(self, handle, given, results, back)
+            return ShmWork(self, handle, given, results, back) if handle is not None else None
         except BaseException:  # Ctrl-C, after the operation began: nobody would hold its tensors
             self.abort("it was interrupted")
             self._kernel.shm_settle(self.context)
             raise
-        raise ShmFailure(self.why())
+
+    def _begun(self, *call: Any) -> ShmWork:
+        work = self._work(*call)
+        if work is None:
+            raise ShmFailure(self.why())
+        return work
+
+    # The short way, of `Direct`: arguments are those of the kernel's `flat`.
+
+    def run(self, arguments: tuple[int, ...], given: Any, results: list[Any]) -> ShmWork | None:
+        """Do an operation. Its work where it takes long or where the group has failed, None where it has ended."""
+        return self._work(self._kernel.shm_run, arguments, given, results)
+
+    def begin(self, arguments: tuple[int, ...], given: Any, results: list[Any]) -> ShmWork | None:
+        """Start an operation; None where the group has failed."""
+        return self._work(self._kernel.shm_begin, arguments, given, results)
 
     def _each(self, works: list[Started]) -> Started:
         return works[0] if len(works) == 1 else Together(works)

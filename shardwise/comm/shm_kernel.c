@@ -1,10 +1,11 @@
 /* Collectives and messages between the ranks of one host, over memory that they share. No torch and no Python in it:
  * shm.py maps the segment, calls these functions through ctypes and keeps the tensors alive.
  *
- * Every rank has a counter of phases. In a phase a rank writes a chunk into a slot of its own, raises its counter, waits
- * for the counters of those it needs, and reads their slots. All ranks run the same phases in the same order, so one
- * number says everything. Nothing blocks inside an operation: `advance` goes as far as the others let it and is called
- * again, by the thread that waits for the result or by a helper thread when nobody does. */
+ * Every rank has a counter of phases. In a phase a rank waits until the others have ended the one before, writes a chunk
+ * into a slot of its own, reads what they wrote in the phase before, and raises its counter. All ranks run the same
+ * phases in the same order, so one number says everything: whoever has raised its counter twice since has read the slot.
+ * Nothing blocks inside an operation: `advance` goes as far as the others let it and is called again, by the thread that
+ * waits for the result or by a helper thread when nobody does. */
 
 #define _GNU_SOURCE
 #include <errno.h>
@@ -37,11 +38,14 @@
 #endif
 
 enum { LINE = 64, SLOTS = 2, HEADER = 128, BLOCK = 1024, WHY = 960 };
-enum { SMALL = 1 << 15 };                     /* bytes up to which every rank reads every other's chunk */
-enum { SPIN_NS = 50000, YIELDS = 20, NAP_NS = 5000000, HELP_AFTER_NS = 1000000, LINGER = 20 };
+enum { SMALL = 1 << 15, SMALL_OF_TWO = 1 << 18 }; /* bytes up to which every rank reads every other's chunk */
+enum { COPIED = 1 << 18, STEP = 1 << 16 };    /* bytes of a chunk that is only copied, of a step of a message */
+enum { STRIDE = 512 };                        /* bytes after which a large all-reduce goes over to its next stream */
+enum { SPIN_NS = 50000, TURNS = 16, YIELD_NS = 100000, NAP_NS = 5000000, HELP_AFTER_NS = 1000000, LINGER = 20 };
 enum kind { BARRIER, ALL_REDUCE, REDUCE, BROADCAST, ALL_GATHER, REDUCE_SCATTER, GATHER, SCATTER, ALL_TO_ALL, SEND, RECV };
 enum dtype { F32, F64, BF16, F16, I8, U8, I16, I32, I64, BOOL };
 enum reduction { SUM, AVG, PRODUCT, MIN, MAX, BAND, BOR, BXOR };
+#define SLICE_S 0.1                           /* how long a wait stays away from Python, whose signals are handled there */
 enum { OK = 0, AGAIN = 1, FAILED = 2 };
 
 static const char *KINDS[] = {"barrier", "all_reduce", "reduce", "broadcast", "all_gather", "reduce_scatter",
@@ -50,9 +54,9 @@ static const char *DTYPES[] = {"float32", "float64", "bfloat16", "float16", "int
 static const char *REDUCTIONS[] = {"sum", "avg", "product", "min", "max", "band", "bor", "bxor"};
 static const size_t WIDTH[] = {4, 8, 2, 2, 1, 1, 2, 4, 8, 1};
 
-typedef struct {                              /* one a rank */
-    _Alignas(LINE) _Atomic uint64_t count;    /* phases it has arrived at */
-    _Alignas(LINE) _Atomic uint32_t bell;     /* the futex that its threads sleep on */
+typedef struct {                              /* one a rank; what others poll lies apart, for prefetchers' sake */
+    _Alignas(4 * LINE) _Atomic uint64_t count; /* phases that it has ended */
+    _Alignas(4 * LINE) _Atomic uint32_t bell; /* the futex that its threads sleep on */
     _Atomic uint32_t sleepers;
     _Atomic uint32_t left;                    /* it ended without an error */
 } Line;
@@ -77,9 +81,9 @@ typedef struct Op {
     uint32_t kind, dtype, reduction, root;
     uint64_t serial, bytes, most;             /* bytes: of one rank's tensor; most: of the largest piece */
     uint64_t first, k, phases, chunk;
-    int written, split, shared;
+    int split, shared;
     char **in, **out;                         /* by rank, where the operation has pieces */
-    uint64_t *in_bytes, *out_bytes;
+    uint64_t *in_bytes, *out_bytes;           /* one after the other */
     int64_t peer, tag;                        /* of a message */
     uint64_t done_bytes;
     int framed;
@@ -87,7 +91,7 @@ typedef struct Op {
     struct Op *next;
 } Op;
 
-typedef struct { int64_t tag; uint64_t bytes; } Frame;
+typedef struct { int64_t tag; uint64_t bytes; char rest[48]; } Frame; /* a line, so that what follows begins on one */
 
 typedef struct Kept { Frame frame; char *data; struct Kept *next; } Kept; /* a message that nobody asked for yet */
 
@@ -100,7 +104,8 @@ typedef struct Context {
     Head *head;
     Line *lines;
     int *names, *watched;
-    pthread_mutex_t lock;
+    pthread_mutex_t lock, door;               /* who goes on with operations; who posts one */
+    Op *posted, **end;                        /* not yet looked at by whoever goes on */
     Op *queue, *tail;                         /* collectives, in order */
     Op **sends, *receives;                    /* messages, by order of posting */
     Incoming *incoming;
@@ -108,12 +113,26 @@ typedef struct Context {
     uint64_t phase, serial;
     int messages;                             /* whether there ever were any */
     int rooted;                               /* the last operation was not compared with all ranks */
-    _Atomic int open, waiting, closing, asleep;
+    _Atomic int news, open, waiting, closing, asleep;
     pthread_t helper;
-    int helped;
+    _Atomic int helped;
 } Context;
 
-/* ---- reductions -------------------------------------------------------------------------------------------------- */
+/* ---- copies and reductions --------------------------------------------------------------------------------------- */
+
+/* Unlike memcpy, which turns to `rep movsb` for what is large: where the two places lie a little apart in their pages
+ * that is several times slower (glibc bug 30994). */
+typedef uint64_t Vector __attribute__((vector_size(LINE), aligned(1), may_alias));
+WIDE static void copy(void *to, const void *from, size_t bytes) {
+    size_t at = 0;
+    for (; at + 4 * LINE <= bytes; at += 4 * LINE) {
+        Vector *t = (Vector *)((char *)to + at);
+        const Vector *f = (const Vector *)((const char *)from + at);
+        Vector a = f[0], b = f[1], c = f[2], d = f[3];
+        t[0] = a; t[1] = b; t[2] = c; t[3] = d;
+    }
+    memcpy((char *)to + at, (const char *)from + at, bytes - at);
+}
 
 static inline float from_bf16(uint16_t h) { uint32_t u = (uint32_t)h << 16; float f; memcpy(&f, &u, 4); return f; }
 static inline uint16_t to_bf16(float f) {
@@ -145,9 +164,16 @@ static inline uint16_t to_f16(float f) {
 #define TRUTH(x) ((x) != 0)
 
 #define REDUCER(NAME, T, ACC, LOADER, STORER, BITS)                                                                    \
-    WIDE static void NAME(char **dst, int nd, char **src, int ns, size_t count, int op) {                              \
+    WIDE static void NAME(char *dst, char **src, int ns, size_t count, int op) {                                       \
         typedef ACC A;                                                                                                 \
         A acc[BLOCK];                                                                                                  \
+        if (ns == 2 && op == SUM) {                                                                                    \
+            const T *a = (const T *)src[0], *b = (const T *)src[1];                                                    \
+            T *d = (T *)dst;                                                                                           \
+            _Pragma("GCC ivdep")                                                                                       \
+            for (size_t i = 0; i < count; i++) d[i] = STORER((A)(LOADER(a[i]) + LOADER(b[i])));                        \
+            return;                                                                                                    \
+        }                                                                                                              \
         for (size_t at = 0; at < count; at += BLOCK) {                                                                 \
             size_t m = count - at < BLOCK ? count - at : BLOCK;                                                        \
             const T *s = (const T *)src[0] + at;                                                                       \
@@ -163,10 +189,8 @@ static inline uint16_t to_f16(float f) {
                 }                                                                                                      \
             }                                                                                                          \
             if (op == AVG) for (size_t i = 0; i < m; i++) acc[i] = (A)(acc[i] / (A)ns);                                \
-            for (int j = 0; j < nd; j++) {                                                                             \
-                T *d = (T *)dst[j] + at;                                                                               \
-                for (size_t i = 0; i < m; i++) d[i] = STORER(acc[i]);                                                  \
-            }                                                                                                          \
+            T *d = (T *)dst + at;                                                                                      \
+            for (size_t i = 0; i < m; i++) d[i] = STORER(acc[i]);                                                      \
         }                                                                                                              \
     }
 #define BITWISE(LOADER)                                                                                                \
@@ -185,13 +209,13 @@ REDUCER(reduce_i32, int32_t, int32_t, SAME, SAME, BITWISE(SAME))
 REDUCER(reduce_i64, int64_t, int64_t, SAME, SAME, BITWISE(SAME))
 REDUCER(reduce_bool, uint8_t, uint8_t, TRUTH, TRUTH, BITWISE(TRUTH))
 
-typedef void (*Reduce)(char **, int, char **, int, size_t, int);
+typedef void (*Reduce)(char *, char **, int, size_t, int);
 static const Reduce REDUCERS[] = {reduce_f32, reduce_f64, reduce_bf16, reduce_f16, reduce_i8,
                                   reduce_u8, reduce_i16, reduce_i32, reduce_i64, reduce_bool};
 
-/* dst[0..nd) = the reduction of src[0..ns), in that order; `bytes` of each. A dst may be a src. */
-void shm_reduce(char **dst, int nd, char **src, int ns, uint64_t bytes, int dtype, int reduction) {
-    REDUCERS[dtype](dst, nd, src, ns, bytes / WIDTH[dtype], reduction);
+/* dst = the reduction of src[0..ns), in that order; `bytes` of each. dst may be one of them. */
+void shm_reduce(char *dst, char **src, int ns, uint64_t bytes, int dtype, int reduction) {
+    REDUCERS[dtype](dst, src, ns, bytes / WIDTH[dtype], reduction);
 }
 
 /* ---- the segment ------------------------------------------------------------------------------------------------- */
@@ -334,57 +358,101 @@ static uint64_t part(Op *o, uint64_t bytes, uint64_t k) { /* bytes of chunk k of
     return from >= bytes ? 0 : smaller(o->chunk, bytes - from);
 }
 static uint64_t share(uint64_t bytes, int n) { return rounded((bytes + n - 1) / n); } /* of one rank, of n */
+static int rooted(uint32_t kind) { return kind == REDUCE || kind == BROADCAST || kind == GATHER || kind == SCATTER; }
+static int is_root(Context *c, Op *o) { return (int)o->root == c->rank; }
 
 static void keep_own(Context *c, Op *o) { /* what a rank sends to itself */
     char *from = o->in[0], *to = o->out[0];
     uint64_t bytes = o->bytes;
-    if ((o->kind == GATHER || o->kind == SCATTER) && (int)o->root != c->rank) return;
+    if ((o->kind == GATHER || o->kind == SCATTER) && !is_root(c, o)) return;
     switch (o->kind) {
     case GATHER: case ALL_GATHER: to = o->out[c->rank]; break;
     case SCATTER: from = o->in[c->rank]; break;
     case ALL_TO_ALL: from = o->in[c->rank]; to = o->out[c->rank]; bytes = o->in_bytes[c->rank]; break;
     default: return;
     }
-    if (from != to && bytes) memmove(to, from, bytes);
+    if (from == to || !bytes) return;
+    if (from + bytes <= to || to + bytes <= from) copy(to, from, bytes); else memmove(to, from, bytes);
 }
 
+/* In front of each chunk of an all-to-all: what a rank sends to each, and expects from each. */
+static uint64_t sizes(Context *c) { return rounded(2 * c->n * sizeof(uint64_t)); }
+
 static void begin(Context *c, Op *o) {
+    uint64_t cut = c->chunk / c->n / LINE * LINE;
     keep_own(c, o);
     o->first = c->phase;
-    o->chunk = c->chunk;
+    o->chunk = smaller(c->chunk, COPIED);
     o->phases = 1;
     switch (o->kind) {
-    case BARRIER: break;
+    case BARRIER: return;
     case ALL_REDUCE:
-        o->split = c->n > 2 && o->bytes > SMALL;
-        if (o->split) o->chunk = rounded(c->chunk / 2);
-        o->phases = pieces(o->bytes, o->chunk) + o->split + (o->bytes > SMALL);
-        break;
-    case REDUCE: case BROADCAST: case GATHER: o->phases = pieces(o->bytes, o->chunk); break;
-    case ALL_GATHER: o->phases = pieces(o->most, o->chunk); break;
+        o->split = o->bytes > (c->n > 2 ? SMALL : SMALL_OF_TWO);
+        if (o->split) o->chunk = c->n * share(o->bytes, c->n * (int)pieces(o->bytes, c->n * cut)); /* as even as can be */
+        o->phases = pieces(o->bytes, o->chunk) + o->split;
+        return;
+    case REDUCE: case BROADCAST: case GATHER: o->phases = pieces(o->bytes, o->chunk); return;
+    case ALL_GATHER: o->phases = pieces(o->most, o->chunk); return;
     case REDUCE_SCATTER: case SCATTER:
-        o->chunk = c->chunk / c->n / LINE * LINE;
+        o->chunk = smaller(cut, COPIED);
         o->phases = pieces(o->bytes, o->chunk);
-        break;
-    case ALL_TO_ALL: o->chunk = c->chunk / c->n / LINE * LINE; break; /* the first phase tells how many follow */
+        return;
+    case ALL_TO_ALL: o->chunk = smaller((c->chunk - sizes(c)) / c->n / LINE * LINE, COPIED); return; /* `learn` */
     }
 }
 
-/* Which chunk a phase of an all-reduce is about: large ones begin with a phase that only looks where the tensors lie. */
-static uint64_t reduce_chunk(Op *o) { return o->k - (o->bytes > SMALL); }
-
-static void reduce_split(Context *c, Op *o, uint64_t k, uint64_t phase) {
-    uint64_t len = part(o, o->bytes, k), each = share(len, c->n), from = smaller(each * c->rank, len);
-    char *dst = data(c, c->rank, phase) + o->chunk, *src[c->n];
-    for (int r = 0; r < c->n; r++) src[r] = data(c, r, phase - 1) + from;
-    shm_reduce(&dst, 1, src, c->n, smaller(each, len - from), o->dtype, o->reduction);
+static int64_t placed(Context *c, Op *o) { /* where the tensor of a large all-reduce lies in this rank's heap, or -1 */
+    int64_t heap = o->split && o->in[0] == o->out[0] ? o->in[0] - in_heap(c, c->rank, 0) : -1;
+    return heap >= 0 && (uint64_t)heap < c->heap ? heap : -1;
 }
+
+/* A large all-reduce: of each chunk every rank sums one piece and the others copy it. Three chunks are under way: in
+ * phase k a rank writes its part of the others' pieces of chunk k, sums its own piece of chunk k - 1, and copies the
+ * others' sums of chunk k - 2; by turns, so that none of them waits for memory alone. In a rank's slot its own piece
+ * has the place that nothing else needs. */
+typedef struct { uint64_t from, bytes; } Piece;
+static Piece piece(Context *c, Op *o, uint64_t k, int r) {
+    uint64_t each = o->chunk / c->n, from = k * o->chunk + r * each;
+    return (Piece){from, k >= o->phases || from >= o->bytes ? 0 : smaller(each, o->bytes - from)};
+}
+static uint64_t stretch(Piece p, uint64_t at) { return at >= p.bytes ? 0 : smaller(STRIDE, p.bytes - at); }
+
+static void split(Context *c, Op *o, uint64_t phase) {
+    uint64_t each = o->chunk / c->n, n;
+    char *mine = data(c, c->rank, phase), *in = o->in[0], *out = o->out[0], *src[c->n], *now[c->n];
+    Piece own = piece(c, o, o->k - 1, c->rank), goes[c->n], comes[c->n];
+    for (int r = 0; r < c->n; r++) {
+        int64_t heap = o->k == 1 ? said(c, r, phase - 1)->heap : -1; /* of chunk 0 it wrote nothing: it is to be read there */
+        goes[r] = comes[r] = (Piece){0, 0};
+        if (r != c->rank && (o->k || placed(c, o) < 0)) goes[r] = piece(c, o, o->k, r);
+        if (r != c->rank) comes[r] = piece(c, o, o->k - 2, r);
+        src[r] = r == c->rank ? in + own.from : heap >= 0 ? in_heap(c, r, heap) + own.from : data(c, r, phase - 1) + c->rank * each;
+    }
+    for (uint64_t at = 0; at < each; at += STRIDE) {
+        for (int r = 0; r < c->n; r++)
+            if ((n = stretch(goes[r], at))) copy(mine + r * each + at, in + goes[r].from + at, n);
+        if ((n = stretch(own, at))) {
+            for (int r = 0; r < c->n; r++) now[r] = src[r] + at;
+            shm_reduce(out + own.from + at, now, c->n, n, o->dtype, o->reduction);
+            copy(mine + c->rank * each + at, out + own.from + at, n);
+        }
+        for (int r = 0; r < c->n; r++)
+            if ((n = stretch(comes[r], at))) copy(out + comes[r].from + at, data(c, r, phase - 1) + r * each + at, n);
+    }
+}
+
+/* All tensors lie in the heaps: every rank sums one piece of all of them and writes it into all of them. */
 static void reduce_shared(Context *c, Op *o, uint64_t phase) {
-    uint64_t each = share(o->bytes, c->n), from = smaller(each * c->rank, o->bytes);
+    uint64_t each = share(o->bytes, c->n), from = smaller(each * c->rank, o->bytes), bytes = smaller(each, o->bytes - from);
     char *all[c->n];
-    for (int r = 0; r < c->n; r++)
-        all[r] = (r == c->rank ? o->in[0] : in_heap(c, r, said(c, r, phase - 1)->heap)) + from;
-    shm_reduce(all, c->n, all, c->n, smaller(each, o->bytes - from), o->dtype, o->reduction);
+    for (int r = 0; r < c->n; r++) all[r] = in_heap(c, r, said(c, r, phase)->heap) + from;
+    for (uint64_t n; bytes; bytes -= n) {
+        n = smaller(STRIDE, bytes);
+        shm_reduce(all[c->rank], all, c->n, n, o->dtype, o->reduction);
+        for (int r = 0; r < c->n; r++)
+            if (r != c->rank) copy(all[r], all[c->rank], n);
+        for (int r = 0; r < c->n; r++) all[r] += n;
+    }
 }
 
 static void put(Context *c, Op *o, uint64_t phase) {
@@ -392,107 +460,91 @@ static void put(Context *c, Op *o, uint64_t phase) {
     uint64_t at = o->k * o->chunk;
     switch (o->kind) {
     case ALL_REDUCE:
-        if (o->bytes > SMALL && o->k == 0) return;
-        if (o->shared) { reduce_shared(c, o, phase); return; }
-        at = reduce_chunk(o) * o->chunk;
-        if (at < o->bytes) memcpy(to, o->in[0] + at, part(o, o->bytes, reduce_chunk(o)));
-        if (o->split && reduce_chunk(o) > 0) reduce_split(c, o, reduce_chunk(o) - 1, phase);
-        return;
+        if (o->split) {
+            if (!o->shared) split(c, o, phase);
+            return;
+        }
+        /* fall through */
     case REDUCE: case GATHER:
-        if ((int)o->root != c->rank) memcpy(to, o->in[0] + at, part(o, o->bytes, o->k));
+        if (o->kind == ALL_REDUCE || !is_root(c, o)) copy(to, o->in[0] + at, part(o, o->bytes, o->k));
         return;
     case BROADCAST:
-        if ((int)o->root == c->rank) memcpy(to, o->in[0] + at, part(o, o->bytes, o->k));
+        if (is_root(c, o)) copy(to, o->in[0] + at, part(o, o->bytes, o->k));
         return;
     case ALL_GATHER:
-        if (at < o->in_bytes[c->rank]) memcpy(to, o->in[0] + at, part(o, o->in_bytes[c->rank], o->k));
+        if (at < o->in_bytes[c->rank]) copy(to, o->in[0] + at, part(o, o->in_bytes[c->rank], o->k));
         return;
     case SCATTER:
-        if ((int)o->root != c->rank) return;
+        if (!is_root(c, o)) return;
         /* fall through */
     case REDUCE_SCATTER:
         for (int r = 0; r < c->n; r++)
-            if (r != c->rank) memcpy(to + r * o->chunk, o->in[r] + at, part(o, o->bytes, o->k));
+            if (r != c->rank) copy(to + r * o->chunk, o->in[r] + at, part(o, o->bytes, o->k));
         return;
     case ALL_TO_ALL:
-        if (o->k == 0) { memcpy(to, o->in_bytes, c->n * sizeof *o->in_bytes); return; }
-        at -= o->chunk;
+        if (o->k == 0) copy(to, o->in_bytes, 2 * c->n * sizeof *o->in_bytes); /* and out_bytes */
         for (int r = 0; r < c->n; r++)
-            if (r != c->rank && at < o->in_bytes[r])
-                memcpy(to + r * o->chunk, o->in[r] + at, part(o, o->in_bytes[r], o->k - 1));
+            if (r != c->rank && at < o->in_bytes[r]) copy(to + sizes(c) + r * o->chunk, o->in[r] + at, part(o, o->in_bytes[r], o->k));
         return;
     }
 }
 
-static void reduce_slots(Context *c, Op *o, uint64_t phase, uint64_t k, char *mine, uint64_t offset) {
-    char *src[c->n], *dst = o->out[0] + k * o->chunk;
+static void reduce_slots(Context *c, Op *o, uint64_t k, uint64_t phase, char *mine, uint64_t offset) {
+    char *src[c->n];
     for (int r = 0; r < c->n; r++) src[r] = r == c->rank ? mine : data(c, r, phase) + offset;
-    shm_reduce(&dst, 1, src, c->n, part(o, o->bytes, k), o->dtype, o->reduction);
+    shm_reduce(o->out[0] + k * o->chunk, src, c->n, part(o, o->bytes, k), o->dtype, o->reduction);
 }
 
-static void look_where(Context *c, Op *o, uint64_t phase) { /* the first phase of a large all-reduce is over */
-    o->shared = 1;
-    for (int r = 0; r < c->n; r++) o->shared = o->shared && said(c, r, phase)->heap >= 0;
-    if (o->shared) o->phases = 2;
-}
-
-static void get(Context *c, Op *o, uint64_t phase) {
-    uint64_t at = o->k * o->chunk;
+static void get(Context *c, Op *o, uint64_t k, uint64_t phase) { /* what was written in `phase`, which was phase k */
+    uint64_t at = k * o->chunk;
     switch (o->kind) {
-    case ALL_REDUCE: {
-        if (o->bytes > SMALL && o->k == 0) { look_where(c, o, phase); return; }
-        if (o->shared) return;
-        uint64_t k = reduce_chunk(o);
-        if (!o->split) { reduce_slots(c, o, phase, k, o->in[0] + k * o->chunk, 0); return; }
-        if (k == 0) return;
-        uint64_t len = part(o, o->bytes, k - 1), each = share(len, c->n);
-        for (int r = 0; r < c->n; r++) {
-            uint64_t from = smaller(each * r, len);
-            memcpy(o->out[0] + (k - 1) * o->chunk + from, data(c, r, phase) + o->chunk, smaller(each, len - from));
-        }
+    case ALL_REDUCE:
+        if (o->shared) { if (k == 0) reduce_shared(c, o, phase); }
+        else if (!o->split) reduce_slots(c, o, k, phase, o->in[0] + at, 0);
         return;
-    }
     case REDUCE:
-        if ((int)o->root == c->rank) reduce_slots(c, o, phase, o->k, o->in[0] + at, 0);
+        if (is_root(c, o)) reduce_slots(c, o, k, phase, o->in[0] + at, 0);
         return;
     case BROADCAST:
-        if ((int)o->root != c->rank) memcpy(o->out[0] + at, data(c, o->root, phase), part(o, o->bytes, o->k));
+        if (!is_root(c, o)) copy(o->out[0] + at, data(c, o->root, phase), part(o, o->bytes, k));
         return;
     case GATHER:
-        if ((int)o->root != c->rank) return;
-        for (int r = 0; r < c->n; r++)
-            if (r != c->rank) memcpy(o->out[r] + at, data(c, r, phase), part(o, o->bytes, o->k));
+        for (int r = 0; r < c->n && is_root(c, o); r++)
+            if (r != c->rank) copy(o->out[r] + at, data(c, r, phase), part(o, o->bytes, k));
         return;
     case ALL_GATHER:
         for (int r = 0; r < c->n; r++)
-            if (r != c->rank && at < o->out_bytes[r]) memcpy(o->out[r] + at, data(c, r, phase), part(o, o->out_bytes[r], o->k));
+            if (r != c->rank && at < o->out_bytes[r]) copy(o->out[r] + at, data(c, r, phase), part(o, o->out_bytes[r], k));
         return;
     case SCATTER:
-        if ((int)o->root != c->rank)
-            memcpy(o->out[0] + at, data(c, o->root, phase) + c->rank * o->chunk, part(o, o->bytes, o->k));
+        if (!is_root(c, o)) copy(o->out[0] + at, data(c, o->root, phase) + c->rank * o->chunk, part(o, o->bytes, k));
         return;
-    case REDUCE_SCATTER: reduce_slots(c, o, phase, o->k, o->in[c->rank] + at, c->rank * o->chunk); return;
+    case REDUCE_SCATTER: reduce_slots(c, o, k, phase, o->in[c->rank] + at, c->rank * o->chunk); return;
     case ALL_TO_ALL:
-        if (o->k == 0) {
-            uint64_t most = 0;
-            for (int r = 0; r < c->n; r++) most = said(c, r, phase)->most > most ? said(c, r, phase)->most : most;
-            o->phases = 1 + (most ? pieces(most, o->chunk) : 0);
-            return;
-        }
-        at -= o->chunk;
         for (int r = 0; r < c->n; r++)
             if (r != c->rank && at < o->out_bytes[r])
-                memcpy(o->out[r] + at, data(c, r, phase) + c->rank * o->chunk, part(o, o->out_bytes[r], o->k - 1));
+                copy(o->out[r] + at, data(c, r, phase) + sizes(c) + c->rank * o->chunk, part(o, o->out_bytes[r], k));
         return;
     }
 }
 
 static void say(Context *c, Op *o, uint64_t phase) {
-    Said *s = said(c, c->rank, phase);
-    int placed = o->kind == ALL_REDUCE && o->bytes > SMALL && o->in[0] == o->out[0];
-    int64_t heap = placed ? o->in[0] - in_heap(c, c->rank, 0) : -1;
     uint64_t mine = o->kind == ALL_GATHER ? o->in_bytes[c->rank] : o->bytes;
-    *s = (Said){o->serial, mine, o->most, heap >= 0 && (uint64_t)heap < c->heap ? heap : -1, o->kind, o->dtype, o->reduction, o->root};
+    *said(c, c->rank, phase) = (Said){o->serial, mine, o->most, placed(c, o), o->kind, o->dtype, o->reduction, o->root};
+}
+
+/* The first phase is over: what the others said decides how many follow. */
+static void learn(Context *c, Op *o, uint64_t phase) {
+    if (o->split) {
+        o->shared = 1;
+        for (int r = 0; r < c->n; r++) o->shared = o->shared && said(c, r, phase)->heap >= 0;
+        if (o->shared) o->phases = 2;
+    }
+    if (o->kind == ALL_TO_ALL)
+        for (int r = 0; r < c->n; r++) {
+            uint64_t needed = pieces(said(c, r, phase)->most, o->chunk);
+            if (needed > o->phases) o->phases = needed;
+        }
 }
 
 static int reduces(uint32_t kind) { return kind == ALL_REDUCE || kind == REDUCE || kind == REDUCE_SCATTER; }
@@ -501,8 +553,7 @@ static void describe(char *text, size_t room, const Said *s) {
     if (s->kind == BARRIER) { snprintf(text, room, "a barrier"); return; }
     int n = snprintf(text, room, "%s of %llu %s", KINDS[s->kind], (unsigned long long)(s->bytes / WIDTH[s->dtype]), DTYPES[s->dtype]);
     if (reduces(s->kind)) n += snprintf(text + n, room - n, " by %s", REDUCTIONS[s->reduction]);
-    if (s->kind == REDUCE || s->kind == BROADCAST || s->kind == GATHER || s->kind == SCATTER)
-        snprintf(text + n, room - n, " with root %u", s->root);
+    if (rooted(s->kind)) snprintf(text + n, room - n, " with root %u", s->root);
 }
 
 /* `expected` are the bytes that each rank of an all-gather brings; elsewhere all bring alike. */
@@ -527,10 +578,13 @@ static int same_call(Context *c, int rank, uint64_t phase, const uint64_t *expec
     return 0;
 }
 static int same_size(Context *c, Op *o, int rank, uint64_t phase) {
-    uint64_t sent = ((uint64_t *)data(c, rank, phase))[c->rank];
-    if (o->kind != ALL_TO_ALL || o->k || sent == o->out_bytes[rank]) return 1;
-    fail(c, "rank %d sends %llu bytes in an all_to_all to rank %d, which expects %llu", c->names[rank],
-         (unsigned long long)sent, c->names[c->rank], (unsigned long long)o->out_bytes[rank]);
+    if (o->kind != ALL_TO_ALL) return 1;
+    const uint64_t *sends = (const uint64_t *)data(c, rank, phase), *expects = sends + c->n;
+    int from = sends[c->rank] != o->out_bytes[rank] ? rank : c->rank, to = from == rank ? c->rank : rank;
+    uint64_t sent = from == rank ? sends[c->rank] : o->in_bytes[rank], expected = from == rank ? o->out_bytes[rank] : expects[c->rank];
+    if (sent == expected) return 1;
+    fail(c, "rank %d sends %llu bytes in an all_to_all to rank %d, which expects %llu", c->names[from],
+         (unsigned long long)sent, c->names[to], (unsigned long long)expected);
     return 0;
 }
 static int agreed(Context *c, Op *o, uint64_t phase) {
@@ -547,62 +601,79 @@ static int agreed_before(Context *c, uint64_t phase) {
     return 1;
 }
 
+/* The phase is over on this rank. Who waits, waits for all or for the root: nobody else need wake a sleeper. */
+static void publish(Context *c, Op *o, uint64_t phase) {
+    atomic_store(&c->lines[c->rank].count, phase + 1);
+    int all = 1;
+    for (int r = 0; r < c->n; r++) all = all && atomic_load(&c->lines[r].count) > phase;
+    if (all || (rooted(o->kind) && is_root(c, o))) ring_others(c);
+}
+
 /* Go as far as the others let it; 1 once the operation has ended. */
 static int advance(Context *c, Op *o) {
-    for (; o->k < o->phases; o->k++, o->written = 0) {
+    for (; o->k <= o->phases; o->k++) {
         uint64_t phase = o->first + o->k;
-        if (!o->written) {
-            if (!all_reached(c, phase)) return 0; /* they have read what this slot held two phases ago */
-            if (c->rooted && !agreed_before(c, phase - 1)) return 0;
-            say(c, o, phase);
-            put(c, o, phase);
-            atomic_store(&c->lines[c->rank].count, phase + 1);
-            ring_others(c);
-            o->written = 1;
+        int last = o->k == o->phases; /* only reads */
+        if (!(last ? needed_reached(c, o, phase) : all_reached(c, phase))) return 0;
+        if (o->k == 0 && c->rooted && !agreed_before(c, phase - 1)) return 0;
+        if (o->k == 1) {
+            if (!agreed(c, o, phase - 1)) return 0;
+            learn(c, o, phase - 1);
+            last = o->k == o->phases;
         }
-        if (!needed_reached(c, o, phase + 1)) return 0;
-        if (!agreed(c, o, phase)) return 0;
-        get(c, o, phase);
+        if (!last || o->split) put(c, o, phase);
+        if (o->k) get(c, o, o->k - 1, phase - 1);
+        if (last) break;
+        say(c, o, phase);
+        publish(c, o, phase);
     }
     c->phase = o->first + o->phases;
-    c->rooted = o->kind == REDUCE || o->kind == BROADCAST || o->kind == GATHER || o->kind == SCATTER;
+    c->rooted = rooted(o->kind);
     return 1;
 }
 
 /* ---- messages ---------------------------------------------------------------------------------------------------- */
 
-static char *stream(Pipe *p) { return (char *)(p + 1); }
+static char *flow(Pipe *p) { return (char *)(p + 1); }
 
-static void pour(Context *c, Pipe *p, uint64_t at, char *bytes, uint64_t n, int in) {
+static void pour(Context *c, Pipe *p, uint64_t at, const char *bytes, uint64_t n) {
     uint64_t from = at % c->pipe, first = smaller(n, c->pipe - from);
-    if (in) { memcpy(stream(p) + from, bytes, first); memcpy(stream(p), bytes + first, n - first); }
-    else { memcpy(bytes, stream(p) + from, first); memcpy(bytes + first, stream(p), n - first); }
+    copy(flow(p) + from, bytes, first);
+    copy(flow(p), bytes + first, n - first);
+}
+static void draw(Context *c, Pipe *p, uint64_t at, void *bytes, uint64_t n) {
+    uint64_t from = at % c->pipe, first = smaller(n, c->pipe - from);
+    copy(bytes, flow(p) + from, first);
+    copy((char *)bytes + first, flow(p), n - first);
 }
 
 static void finish(Op *o) { atomic_store_explicit(&o->done, 1, memory_order_release); }
 
-static int send_some(Context *c, int to) { /* 1 if an operation ended */
+/* Both sides go in steps, so that one can write while the other reads. Frames and messages begin on a line. */
+static int send_some(Context *c, int to) { /* how many operations ended */
     int ended = 0;
     Op *o;
     Pipe *p = pipe_of(c, c->rank, to);
     while ((o = c->sends[to])) {
         uint64_t at = atomic_load_explicit(&p->written, memory_order_relaxed), began = at;
         uint64_t room = c->pipe - (at - atomic_load_explicit(&p->read, memory_order_acquire));
-        if (!o->framed && room >= sizeof(Frame)) {
-            Frame frame = {o->tag, o->bytes};
-            pour(c, p, at, (char *)&frame, sizeof frame, 1);
+        if (!o->framed && room) {
+            Frame frame = {o->tag, o->bytes, {0}};
+            copy(flow(p) + at % c->pipe, &frame, sizeof frame);
             at += sizeof frame; room -= sizeof frame; o->framed = 1;
         }
         if (o->framed) {
-            uint64_t n = smaller(room, o->bytes - o->done_bytes);
-            pour(c, p, at, o->in[0] + o->done_bytes, n, 1);
-            o->done_bytes += n; at += n;
+            uint64_t n = smaller(smaller(room, STEP), o->bytes - o->done_bytes);
+            pour(c, p, at, o->in[0] + o->done_bytes, n);
+            o->done_bytes += n; at += rounded(n);
         }
-        if (at != began) { atomic_store(&p->written, at); ring(c, to); }
-        if (!o->framed || o->done_bytes < o->bytes) return ended;
+        if (at == began) return ended;
+        atomic_store(&p->written, at);
+        ring(c, to);
+        if (o->done_bytes < o->bytes) continue;
         c->sends[to] = o->next;
         finish(o);
-        ended = 1;
+        ended++;
     }
     return ended;
 }
@@ -628,7 +699,7 @@ static void keep(Context *c, int from, Frame frame, char *bytes) {
     while (*at) at = &(*at)->next;
     *at = kept;
 }
-static void land(Context *c, Op *o, int from) { o->peer = from; finish(o); (void)c; }
+static void land(Op *o, int from) { o->peer = from; finish(o); }
 
 static int receive_some(Context *c, int from) {
     int ended = 0;
@@ -638,29 +709,32 @@ static int receive_some(Context *c, int from) {
         uint64_t at = atomic_load_explicit(&p->read, memory_order_relaxed), began = at;
         uint64_t left = atomic_load_explicit(&p->written, memory_order_acquire) - at;
         if (!now->active) {
-            if (!c->receives || left < sizeof(Frame)) return ended;
-            pour(c, p, at, (char *)&now->frame, sizeof(Frame), 0);
+            if (!c->receives || !left) return ended;
+            draw(c, p, at, &now->frame, sizeof(Frame));
             at += sizeof(Frame); left -= sizeof(Frame);
             now->active = 1; now->got = 0;
             now->op = take_receive(c, from, now->frame.tag);
             if (now->op && !fits(c, now->op, from, now->frame.bytes)) return ended;
             now->data = now->op ? now->op->out[0] : malloc(now->frame.bytes + 1);
         }
-        uint64_t n = smaller(left, now->frame.bytes - now->got);
-        pour(c, p, at, now->data + now->got, n, 0);
-        now->got += n; at += n;
+        uint64_t n = smaller(smaller(left, STEP), now->frame.bytes - now->got);
+        draw(c, p, at, now->data + now->got, n);
+        now->got += n; at += rounded(n);
         if (at != began) { atomic_store(&p->read, at); ring(c, from); }
-        if (now->got < now->frame.bytes) return ended;
+        if (now->got < now->frame.bytes) {
+            if (at == began) return ended;
+            continue;
+        }
         now->active = 0;
         if (!now->op) {                       /* somebody may have asked for it while it came */
             now->op = take_receive(c, from, now->frame.tag);
             if (now->op) {
                 if (!fits(c, now->op, from, now->frame.bytes)) return ended;
-                memcpy(now->op->out[0], now->data, now->frame.bytes);
+                copy(now->op->out[0], now->data, now->frame.bytes);
                 free(now->data);
             } else keep(c, from, now->frame, now->data);
         }
-        if (now->op) { land(c, now->op, from); ended = 1; }
+        if (now->op) { land(now->op, from); ended++; }
     }
 }
 
@@ -671,11 +745,11 @@ static int receive_kept(Context *c, Op *o) { /* a message that came before it wa
             Kept *kept = *at;
             if (kept->frame.tag != o->tag) continue;
             if (!fits(c, o, r, kept->frame.bytes)) return 1;
-            memcpy(o->out[0], kept->data, o->bytes);
+            copy(o->out[0], kept->data, o->bytes);
             *at = kept->next;
             free(kept->data);
             free(kept);
-            land(c, o, r);
+            land(o, r);
             return 1;
         }
     }
@@ -684,9 +758,45 @@ static int receive_kept(Context *c, Op *o) { /* a message that came before it wa
 
 /* ---- who does the work ------------------------------------------------------------------------------------------- */
 
-static void go_on(Context *c, int (*lock)(pthread_mutex_t *)) {
+/* Operations are posted at the door, where nobody stays long: whoever starts one does not wait for those under way. */
+static void post(Context *c, Op *o) {
+    pthread_mutex_lock(&c->door);
+    if (o->kind < SEND) o->serial = ++c->serial;
+    *c->end = o;
+    c->end = &o->next;
+    atomic_fetch_add(&c->open, 1);
+    atomic_store(&c->news, 1);
+    pthread_mutex_unlock(&c->door);
+}
+static int take_in(Context *c) { /* how many ended at once */
     int ended = 0;
+    if (!atomic_load(&c->news)) return 0;
+    pthread_mutex_lock(&c->door);
+    Op *o = c->posted, *next, **last;
+    c->posted = NULL;
+    c->end = &c->posted;
+    atomic_store(&c->news, 0);
+    pthread_mutex_unlock(&c->door);
+    for (; o; o = next) {
+        next = o->next;
+        o->next = NULL;
+        if (o->kind < SEND) {
+            if (c->tail) c->tail->next = o; else { c->queue = o; begin(c, o); }
+            c->tail = o;
+            continue;
+        }
+        c->messages = 1;
+        if (o->kind == RECV && receive_kept(c, o)) { ended++; continue; }
+        last = o->kind == SEND ? &c->sends[o->peer] : &c->receives;
+        while (*last) last = &(*last)->next;
+        *last = o;
+    }
+    return ended;
+}
+
+static void go_on(Context *c, int (*lock)(pthread_mutex_t *)) {
     if (lock(&c->lock)) return;
+    int ended = broken(c) ? 0 : take_in(c);
     while (c->queue && !broken(c) && advance(c, c->queue)) {
         Op *o = c->queue;
         c->queue = o->next;
@@ -720,29 +830,35 @@ static void doze(Context *c, Op *o) {
 
 static int state(Context *c, Op *o) { return is_done(o) ? OK : broken(c) ? FAILED : AGAIN; }
 
+/* Whether to go on waiting awake: spinning, or where others need the core, by giving it away. */
+static int patient(Context *c, int64_t waited) {
+    if (waited >= (c->crowded ? YIELD_NS : SPIN_NS)) return 0;
+    if (c->crowded) sched_yield(); else RELAX();
+    return 1;
+}
+
 /* OK when `o` has ended, FAILED when the group has, AGAIN after `slice_s` seconds. */
 int shm_wait(Context *c, Op *o, double slice_s) {
     progress(c);
     if (state(c, o) != AGAIN) return state(c, o);
-    int64_t began = now_ns(), limit = began + (int64_t)(slice_s * 1e9), looked = began;
+    int64_t began = now_ns(), limit = began + (int64_t)(slice_s * 1e9), looked = began, now = began;
     atomic_fetch_add(&c->waiting, 1);
-    for (int turn = 0; state(c, o) == AGAIN; turn++) {
-        int64_t now = now_ns();
-        if (now >= limit) break;
-        if (c->crowded ? turn < YIELDS : now - began < SPIN_NS) {
-            if (c->crowded) sched_yield(); else RELAX();
+    for (int turn = 1; state(c, o) == AGAIN && now < limit; turn++) {
+        if (patient(c, now - began)) {
             progress(c);
+            if (c->crowded || turn % TURNS == 0) now = now_ns();
             continue;
         }
         doze(c, o);
-        if (state(c, o) == AGAIN && now_ns() - looked >= NAP_NS) {
-            looked = now_ns();
+        now = now_ns();
+        if (state(c, o) == AGAIN && now - looked >= NAP_NS) {
+            looked = now;
             int lost = first_dead(c), left = gone(c, o);
             if (lost < 0 && left < 0) continue;
             look_again(c);
             if (state(c, o) != AGAIN) break;
             if (lost >= 0) fail(c, "rank %d died", c->names[lost]);
-            else if (left >= 0) fail(c, "rank %d left the group before it took part", c->names[left]);
+            else fail(c, "rank %d left the group before it took part", c->names[left]);
         }
     }
     atomic_fetch_sub(&c->waiting, 1);
@@ -786,7 +902,11 @@ static void *help(void *given) {
 }
 static void wake_helper(Context *c) {
     if (atomic_load(&c->closing)) return;
-    if (!c->helped) c->helped = pthread_create(&c->helper, NULL, help, c) == 0;
+    if (!c->helped) {
+        pthread_mutex_lock(&c->door); /* two threads must not both create it */
+        if (!c->helped) c->helped = pthread_create(&c->helper, NULL, help, c) == 0;
+        pthread_mutex_unlock(&c->door);
+    }
     int yes = 1;
     if (atomic_compare_exchange_strong(&c->asleep, &yes, 0)) syscall(SYS_futex, &c->asleep, FUTEX_WAKE, 1, NULL, NULL, 0);
 }
@@ -809,7 +929,9 @@ Context *shm_open_group(char *base, int rank, int n, uint64_t chunk, uint64_t pi
     c->sends = calloc(n, sizeof *c->sends);
     c->incoming = calloc(n, sizeof *c->incoming);
     c->kept = calloc(n, sizeof *c->kept);
+    c->end = &c->posted;
     pthread_mutex_init(&c->lock, NULL);
+    pthread_mutex_init(&c->door, NULL);
     return c;
 }
 
@@ -822,6 +944,12 @@ static Op *make(uint32_t kind, int n) {
     o->out_bytes = o->in_bytes + n;
     return o;
 }
+static void measure(Context *c, Op *o) { /* the largest piece */
+    for (int r = 0; r < c->n; r++) {
+        if (o->kind == ALL_GATHER && o->out_bytes[r] > o->most) o->most = o->out_bytes[r];
+        if (o->kind == ALL_TO_ALL && r != c->rank && o->in_bytes[r] > o->most) o->most = o->in_bytes[r];
+    }
+}
 
 /* Start a collective. in, out: pointers, one or one for each rank as the operation has it; sizes in bytes. NULL when
  * the group has failed. The tensors must live until the operation has ended, and the handle must be released. */
@@ -830,52 +958,58 @@ Op *shm_start(Context *c, int kind, int dtype, int reduction, int root, uint64_t
     if (broken(c)) return NULL;
     Op *o = make(kind, c->n);
     o->dtype = dtype; o->reduction = reduction; o->root = root; o->bytes = bytes;
-    for (int i = 0; i < ins; i++) { o->in[i] = in[i]; o->in_bytes[i] = in_bytes ? in_bytes[i] : bytes; }
-    for (int i = 0; i < outs; i++) { o->out[i] = out[i]; o->out_bytes[i] = out_bytes ? out_bytes[i] : bytes; }
-    if (kind == ALL_GATHER) {
-        o->in_bytes[c->rank] = bytes;
-        for (int r = 0; r < c->n; r++) o->most = o->out_bytes[r] > o->most ? o->out_bytes[r] : o->most;
-    }
-    if (kind == ALL_TO_ALL)
-        for (int r = 0; r < c->n; r++)
-            if (r != c->rank && o->in_bytes[r] > o->most) o->most = o->in_bytes[r];
-    pthread_mutex_lock(&c->lock);
-    if (broken(c)) { /* what is queued may be released any time */
-        pthread_mutex_unlock(&c->lock);
-        free(o);
-        return NULL;
-    }
-    o->serial = ++c->serial;
-    atomic_fetch_add(&c->open, 1);
-    if (c->tail) c->tail->next = o; else { c->queue = o; begin(c, o); }
-    c->tail = o;
+    for (int i = 0; i < ins; i++) { o->in[i] = in[i]; o->in_bytes[i] = in_bytes[i]; }
+    for (int i = 0; i < outs; i++) { o->out[i] = out[i]; o->out_bytes[i] = out_bytes[i]; }
+    if (kind == ALL_GATHER) o->in_bytes[c->rank] = bytes;
+    measure(c, o);
+    post(c, o);
     wake_helper(c);
-    pthread_mutex_unlock(&c->lock);
+    return o;
+}
+
+/* The same for contiguous tensors whose pieces (`bytes` each) lie one after the other. `what` is
+ * kind | dtype << 8 | reduction << 16 | root << 32. */
+static Op *flat(Context *c, uint64_t what, char *in, char *out, uint64_t bytes) {
+    uint32_t kind = what & 255;
+    int spread = kind == REDUCE_SCATTER || kind == SCATTER || kind == ALL_TO_ALL;
+    int gathers = kind == ALL_GATHER || kind == GATHER || kind == ALL_TO_ALL;
+    Op *o = make(kind, c->n);
+    o->dtype = what >> 8 & 255; o->reduction = what >> 16 & 255; o->root = what >> 32;
+    o->bytes = kind == ALL_TO_ALL ? 0 : bytes;
+    for (int r = 0; r < c->n; r++) {
+        o->in[r] = in + (spread ? r * bytes : 0);
+        o->out[r] = out + (gathers ? r * bytes : 0);
+        o->in_bytes[r] = o->out_bytes[r] = bytes;
+    }
+    measure(c, o);
+    post(c, o);
+    return o;
+}
+Op *shm_begin(Context *c, uint64_t what, char *in, char *out, uint64_t bytes) {
+    if (broken(c)) return NULL;
+    Op *o = flat(c, what, in, out, bytes);
+    wake_helper(c);
+    return o;
+}
+
+/* Start it and wait for it: NULL once it has ended, a handle to wait for when it takes longer than SLICE_S or when the
+ * group has failed. */
+Op *shm_run(Context *c, uint64_t what, char *in, char *out, uint64_t bytes) {
+    Op *o = flat(c, what, in, out, bytes);
+    if (shm_wait(c, o, SLICE_S) == OK) { free(o); return NULL; }
+    wake_helper(c); /* whoever called may do something else before it waits again */
     return o;
 }
 
 /* Start a message of `bytes` to or from `peer` (-1: from anybody). */
 Op *shm_message(Context *c, int kind, int peer, int64_t tag, char *at, uint64_t bytes) {
     if (broken(c)) return NULL;
-    Op *o = make(kind, 1), **last;
+    Op *o = make(kind, 1);
     o->peer = peer; o->tag = tag; o->bytes = bytes;
     o->in[0] = o->out[0] = at;
-    pthread_mutex_lock(&c->lock);
-    atomic_fetch_add(&c->open, 1);
-    c->messages = 1;
-    if (kind == RECV && receive_kept(c, o)) atomic_fetch_sub(&c->open, 1);
-    else {
-        last = kind == SEND ? &c->sends[peer] : &c->receives;
-        while (*last) last = &(*last)->next;
-        *last = o;
-    }
-    pthread_mutex_unlock(&c->lock);
+    post(c, o);
     progress(c);
-    if (!is_done(o)) {
-        pthread_mutex_lock(&c->lock); /* two threads must not both create it */
-        wake_helper(c);
-        pthread_mutex_unlock(&c->lock);
-    }
+    if (!is_done(o)) wake_helper(c);
     return o;
 }
 
@@ -890,6 +1024,10 @@ static void unlink_op(Op **at, Op *o) {
 void shm_release(Context *c, Op *o) {
     if (!is_done(o)) {
         pthread_mutex_lock(&c->lock);
+        pthread_mutex_lock(&c->door);
+        unlink_op(&c->posted, o);
+        for (c->end = &c->posted; *c->end;) c->end = &(*c->end)->next;
+        pthread_mutex_unlock(&c->door);
         unlink_op(&c->queue, o);
         c->tail = c->queue;
         while (c->tail && c->tail->next) c->tail = c->tail->next;
@@ -925,5 +1063,6 @@ void shm_free(Context *c) {
         for (Kept *next, *k = c->kept[r]; k; k = next) { next = k->next; free(k->data); free(k); }
     free(c->names); free(c->watched); free(c->sends); free(c->incoming); free(c->kept);
     pthread_mutex_destroy(&c->lock);
+    pthread_mutex_destroy(&c->door);
     free(c);
 }

@@ -65,6 +65,12 @@ class ShmWork:
             raise RuntimeError("the operation has not ended")
         return True
 
+    def ends_within(self, seconds: float) -> bool:
+        """Block at most so long; whether the operation has ended well."""
+        if self._outcome == Outcome.AGAIN:
+            self._settle(self._owner.wait(self._handle, seconds))
+        return self._outcome == Outcome.OK
+
     def is_completed(self) -> bool:
         if self._outcome == Outcome.AGAIN:
             self._settle(self._owner.test(self._handle))

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import Work
 from torch.utils._pytree import tree_leaves
 
 from shardwise import events
-from shardwise.comm.work import GuardedWork
 from shardwise.errors import JobError
 from shardwise.parallel.blame import name_of
 from shardwise.parallel.contract import pair
@@ -93,7 +93,7 @@ def part(value: Any, samples: int, rows: slice) -> Any:
 class Agreement:
     """What the ranks tell each other once, in the first step: rank 0's guess of the weight, and the worst verdict."""
 
-    def __init__(self, replica: Replica, loss: Loss, told: Tensor, work: GuardedWork | None) -> None:
+    def __init__(self, replica: Replica, loss: Loss, told: Tensor, work: Work | None) -> None:
         self._replica = replica
         self._loss = loss
         self._told = told

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import Work
 
 from shardwise.comm.codec import Codec
 from shardwise.comm.group import Group
-from shardwise.comm.work import GuardedWork
 from shardwise.parallel.reducer import Named
 
 
@@ -20,7 +20,7 @@ class _Sent(NamedTuple):
 
     told: Tensor
     received: Tensor
-    work: GuardedWork
+    work: Work
 
 
 class Fragment:

@@ -513,7 +513,10 @@ def random_death(rank: Rank, seed: int) -> str:
                     time.sleep(delay)
                     os.kill(pid, signal.SIGKILL)
                     os._exit(0)
-            kind, numel = draw.choice(["all_reduce", "all_gather", "shared"]), draw.choice([1, 1000, 200_000])
+            kind, numel = (
+                draw.choice(["all_reduce", "blocking", "all_gather", "shared"]),
+                draw.choice([1, 1000, 200_000]),
+            )
             if kind == "all_gather":
                 whole = torch.empty(rank.world * numel)
                 group.all_gather_single(whole, torch.full((numel,), float(rank.rank))).wait()
@@ -522,7 +525,7 @@ def random_death(rank: Rank, seed: int) -> str:
             cpu = torch.device("cpu")
             tensor = group.zeros(numel, torch.float32, cpu) if kind == "shared" else torch.zeros(numel)
             tensor += rank.rank + 1
-            group.all_reduce(tensor).wait()
+            dist.all_reduce(tensor, group=group) if kind == "blocking" else group.all_reduce(tensor).wait()
             assert bool((tensor == sum(range(1, rank.world + 1))).all())
     except CommError as error:
         return f"{victim}: {error}"

@@ -40,8 +40,7 @@ def summed(path: str, out: torch.Tensor, rows: list[torch.Tensor], reduction: An
         fold([out.data_ptr()], addresses, out.nbytes, out.dtype, reduction.name, scratch)
         return
     pointers = (ctypes.c_void_p * len(rows))(*addresses)
-    target = ctypes.byref(ctypes.c_void_p(out.data_ptr()))
-    kernel().shm_reduce(target, 1, pointers, len(rows), out.nbytes, DTYPES[out.dtype], REDUCTIONS[reduction])
+    kernel().shm_reduce(out.data_ptr(), pointers, len(rows), out.nbytes, DTYPES[out.dtype], REDUCTIONS[reduction])
 
 
 @pytest.mark.parametrize("path", PATHS)
