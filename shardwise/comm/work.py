@@ -16,7 +16,7 @@ from shardwise.errors import CommError
 if TYPE_CHECKING:
     from shardwise.comm.group import Group
 
-profiling = torch.autograd._profiler_enabled
+profiling = torch._C._autograd._profiler_enabled
 SLICE_S = 0.1  # how often a waiting caller looks whether its group was aborted; a finished operation wakes it at once
 
 
