@@ -1,7 +1,8 @@
-"""One rank at each end of a wire: `python -m bench.apart JSON` starts them, and ends both when one fails. No torch.
+"""One rank at each end of a wire, or all ranks in one session: `python -m bench.apart JSON` starts them, and ends all
+when one fails. No torch.
 
-The JSON has `prefixes`, what goes before the command at each end, and `command`. A rank finds its place in the
-environment, as torchrun would set it, with one rank on each of as many hosts.
+The JSON has `prefixes`, what goes before the command of each rank, and `command`. A rank finds its place in the
+environment, as torchrun would set it.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def main(said: str) -> int:
     """The first status that is not 0."""
     asked = json.loads(said)
     ranks = [
-        subprocess.Popen([*prefix, *asked["command"]], env=os.environ | {"RANK": str(rank)})
+        subprocess.Popen([*prefix, *asked["command"]], env={"LOCAL_RANK": str(rank)} | os.environ | {"RANK": str(rank)})
         for rank, prefix in enumerate(asked["prefixes"])
     ]
     while (left := [each for each in ranks if each.poll() is None]) and not any(each.returncode for each in ranks):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from bench.launched import ROOT
 from bench.line import Message
 from bench.options import Options, say
-from bench.peers import PYTHON, torchrun
+from bench.peers import PYTHON, free_port
 from bench.rounds import Lost, Outcome, play
 from bench.rows import Row, missing, ratio, row
 from bench.subject import Subject, close_all
@@ -117,9 +118,7 @@ def run_ranks(ranks: int, chosen: Sequence[Case], options: Options) -> list[Row]
         for name in names:
             if installed(name):
                 say(f"  starting {name} with {ranks} ranks")
-                subjects[name] = Subject(
-                    name, command(name, ranks), ranks=ranks, env={"BENCH_TRANSPORT": transport(name)}
-                )
+                subjects[name] = Subject(name, command(name, ranks), ranks=ranks, env=environment(name, ranks))
                 try:
                     subjects[name].start(START_S)
                     subjects[name].launched.freeze()
@@ -220,8 +219,11 @@ def plays(name: str, case: Case) -> bool:
     return case.operation == "all_reduce" or name not in ONLY_ALL_REDUCE
 
 
-def transport(name: str) -> str:
-    return SYSTEMS[name].transport
+def environment(name: str, ranks: int) -> dict[str, str]:
+    """What the ranks of a system read; mpirun's know their places anyway."""
+    count = str(ranks)
+    found = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": count}
+    return found | {"LOCAL_WORLD_SIZE": count, "BENCH_TRANSPORT": SYSTEMS[name].transport}
 
 
 def installed(name: str) -> bool:
@@ -235,7 +237,12 @@ def mpirun() -> Path | None:
 
 
 def command(name: str, ranks: int) -> list[str]:
+    """All ranks of a system are in one session, as mpirun has them; torchrun would give each one of its own.
+
+    Where the kernel shares the cores among sessions (`sched_autogroup_enabled`) the ranks of several sessions cannot
+    give way to each other.
+    """
     if name != "openmpi":
-        return torchrun(ranks, MODULE)
+        return [PYTHON, "-m", "bench.apart", json.dumps({"prefixes": [[]] * ranks, "command": [PYTHON, "-m", MODULE]})]
     flags = ["--allow-run-as-root", "--oversubscribe", "--mca", "btl", "self,sm"]
     return [str(mpirun()), *flags, "-n", str(ranks), PYTHON, str(ROOT / "bench" / "subjects" / "collectives_mpi.py")]

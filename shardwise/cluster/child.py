@@ -66,9 +66,11 @@ def _run(request: dict[str, Any], fds: list[int], parent: int) -> int:
 
 
 def _settle(request: dict[str, Any], fds: list[int], parent: int) -> dict[str, Any]:
-    """Make this process its own: death with the parent, session, signals, environment, output, threads."""
-    if os.getpid() != os.getsid(0):
-        os.setsid()  # a terminal's Ctrl-C reaches the launcher only, and the whole group can be ended at once
+    """Make this process its own: death with the parent, process group, signals, environment, output, threads."""
+    # A terminal's Ctrl-C reaches the launcher only, and the whole group can be ended at once. All ranks stay in one
+    # session: where cores are shared among sessions (sched_autogroup_enabled) they could not give way to each other.
+    if os.getpid() != os.getpgrp():
+        os.setpgid(0, 0)
     die_with(parent)
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGCHLD):

@@ -51,7 +51,7 @@ class Spawner:
                 [sys.executable, "-P", "-c", _CODE.format(root=_ROOT)],
                 stdin=subprocess.PIPE,
                 pass_fds=list(names.values()),
-                start_new_session=True,
+                process_group=0,
             )
         except OSError as error:
             raise ClusterError(f"cannot start {sys.executable or 'Python'}: {error}.") from None
