@@ -42,7 +42,8 @@ class Fragment:
         self._dtype = torch.float64 if wide else torch.float32
         self._sizes = [p.numel() for p in self.parameters]
         self.meeting = self._flat()
-        self.velocity = torch.zeros_like(self.meeting)
+        self.velocity = torch.zeros_like(self.meeting) if momentum else None
+        self._buffers: dict[str, Tensor] = {}
         self._sent: _Sent | None = None
 
     def begin_here(self) -> None:
@@ -52,17 +53,17 @@ class Fragment:
     def send(self) -> None:
         """Start to tell the others how far this replica is from the meeting point."""
         self.arrive()
-        here = self._flat()
-        apart = torch.sub(self.meeting, here, out=here)
+        told = self._flat(self._buffer("told"))
+        torch.sub(self.meeting, told, out=told)
         if self._codec is None:
-            told, received = apart, apart.clone()
+            received = self._buffer("mean").copy_(told)
             work = self._group.all_reduce(received, dist.ReduceOp.AVG)
         else:
-            mine = torch.empty(self._codec.payload_bytes(apart.numel()), dtype=torch.uint8, device=apart.device)
-            self._codec.encode(apart, mine)
-            told = apart  # from here on only what the others will know of it
-            self._codec.decode(mine, told)
-            received = mine.new_empty(self._group.size() * mine.numel())
+            size = self._codec.payload_bytes(told.numel())
+            mine = self._buffer("mine", size, torch.uint8)
+            self._codec.encode(told, mine)
+            self._codec.decode(mine, told)  # from here on only what the others will know of it
+            received = self._buffer("received", self._group.size() * size, torch.uint8)
             work = self._group.all_gather_single(received, mine)
         self._sent = _Sent(told, received, work)
 
@@ -85,7 +86,7 @@ class Fragment:
     def _mean(self, told: Tensor, received: Tensor) -> Tensor:
         if self._codec is None:
             return received
-        total, one = torch.empty_like(told), torch.empty_like(told)
+        total, one = self._buffer("mean"), self._buffer("one")
         for rank, payload in enumerate(received.view(self._group.size(), -1)):
             said = told
             if rank != self._group.rank():
@@ -99,15 +100,23 @@ class Fragment:
 
     def _outer_step(self, gradient: Tensor) -> Tensor:
         """How far the meeting point moved against `gradient`, which may be overwritten."""
-        if self._momentum:
+        if self.velocity is not None:
             self.velocity.mul_(self._momentum).add_(gradient)
             gradient = gradient.add_(self.velocity, alpha=self._momentum)
         moved = gradient.mul_(self._rate) if self._rate != 1.0 else gradient
         self.meeting.sub_(moved)
         return moved
 
-    def _flat(self) -> Tensor:
-        return torch.cat([p.detach().reshape(-1).to(self._dtype) for p in self.parameters])
+    def _flat(self, out: Tensor | None = None) -> Tensor:
+        parts = [p.detach().reshape(-1).to(self._dtype) for p in self.parameters]
+        return torch.cat(parts) if out is None else torch.cat(parts, out=out)
+
+    def _buffer(self, name: str, size: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Kept from meeting to meeting: new memory costs as much as what is done with it."""
+        if name not in self._buffers:
+            count = self.meeting.numel() if size is None else size
+            self._buffers[name] = self.meeting.new_empty(count, dtype=dtype or self._dtype)
+        return self._buffers[name]
 
     def _put(self, flat: Tensor) -> None:
         with torch.no_grad():
@@ -122,7 +131,8 @@ class Fragment:
 
     def common(self) -> dict[str, Tensor]:
         """What all ranks have alike."""
-        return self._named("meeting", self.meeting) | self._named("velocity", self.velocity)
+        found = self._named("meeting", self.meeting)
+        return found if self.velocity is None else found | self._named("velocity", self.velocity)
 
     def take_rows(self, rows: Mapping[str, Tensor], rank: int) -> None:
         """Each row has one entry a rank."""

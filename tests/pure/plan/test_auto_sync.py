@@ -39,7 +39,7 @@ def test_compression_is_enough_where_it_hides_the_link() -> None:
 
 def test_replicas_meet_less_often_the_slower_the_link_is_but_not_too_seldom() -> None:
     syncs = [choose(measured(mbit), ("local",), EXACT).sync for mbit in (1000, 100, 10, 1)]
-    ladder = [LOCAL.index((sync.every, sync.bits)) for sync in syncs]
+    ladder = [LOCAL.index((s.every, s.bits, s.fragments if s.method == "streaming" else 1)) for s in syncs]
     assert ladder == sorted(ladder)
     assert ladder[-1] == len(LOCAL) - 1
     assert all(0 < sync.overlap < sync.every for sync in syncs)
@@ -54,7 +54,7 @@ def test_adams_moments_are_bounded_where_there_are_any() -> None:
 
 def test_it_says_what_it_saw_and_expects() -> None:
     why = choose(measured(100), BOTH, EXACT).why
-    for said in ("25.0 ms", "100 Mbit/s", "So: local sgd every 2 steps in 2 bits"):
+    for said in ("25.0 ms", "100 Mbit/s", "So: local streaming every 4 steps in 2 bits and 2 fragments"):
         assert said in why
 
 
