@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import functools
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from shardwise.comm.kernel import kernel, library
+
 ALIGN = 16  # bytes: payloads laid behind each other can all be viewed as any dtype
 TINY = 2.0**-126  # the smallest scale whose inverse is finite
 TERNARY = 1.534  # times the mean magnitude: for a normal distribution 1.224 standard deviations
-OUTLIER = 0.25  # of the largest magnitude: what is left of it is sent in a few payloads, however small the others are
+OUTLIER = 4.0  # scales are at least the largest magnitude / this: it is gone in a few payloads, whatever the others are
+LONGEST = 1024  # the longest block
 CHUNK = 1 << 18  # values encoded at once, so that what comes between stays in the cache
 
 
@@ -58,12 +62,16 @@ class Blockwise:
     Magnitudes below 2**-127 become zero; a block that holds an infinity or a NaN decodes to nothing finite.
     """
 
-    def __init__(self, bits: int, block: int) -> None:
+    def __init__(self, bits: int, block: int, *, compiled: bool = True) -> None:
+        """`compiled=False`: by torch, also where there is the compiled kernel, which gives the same codes."""
         assert bits in (2, 4, 8), bits
         assert block % 64 == 0, block
+        assert block <= LONGEST, block
         self._bits = bits
         self._block = block
-        self._top = 2 ** (bits - 1) - 1
+        self._divisor = OUTLIER if bits == 2 else float(2 ** (bits - 1) - 1)
+        self._weight = TERNARY / block if bits == 2 else 0.0
+        self._compiled = compiled
 
     def payload_bytes(self, numel: int) -> int:
         blocks = -(-numel // self._block)
@@ -71,6 +79,10 @@ class Blockwise:
 
     def encode(self, values: Tensor, out: Tensor) -> None:
         codes, scales = self._sections(values.numel(), out)
+        if run := self._kernel(values):
+            where = values.data_ptr(), codes.data_ptr(), scales.data_ptr(), values.numel()
+            run.codec_encode(*where, self._block, self._bits, self._weight, self._divisor)
+            return
         whole = values.numel() // self._block
         rows, rest = values[: whole * self._block].view(-1, self._block), values[whole * self._block :]
         for at in range(0, whole, step := CHUNK // self._block):
@@ -83,6 +95,10 @@ class Blockwise:
 
     def decode(self, payload: Tensor, out: Tensor) -> None:
         codes, scales = self._sections(out.numel(), payload)
+        if run := self._kernel(out):
+            where = codes.data_ptr(), scales.data_ptr(), out.data_ptr(), out.numel()
+            run.codec_decode(*where, self._block, self._bits)
+            return
         whole = out.numel() // self._block
         rows, rest = out[: whole * self._block].view(-1, self._block), out[whole * self._block :]
         self._decode(codes[:whole], scales[:whole], rows)
@@ -114,12 +130,15 @@ class Blockwise:
 
     def _scale(self, rows: Tensor) -> Tensor:
         """What the integer 1 stands for in each row, [rows, 1]."""
-        if self._bits == 2:
-            sizes = rows.abs()
-            mean = sizes @ rows.new_full((self._block, 1), TERNARY / self._block)  # finite, unlike sizes.sum(1)
-            return torch.maximum(mean, sizes.amax(1, keepdim=True).mul_(OUTLIER))
-        largest = torch.maximum(rows.amax(1, keepdim=True), rows.amin(1, keepdim=True).neg_())
-        return largest.div_(self._top)
+        largest = torch.maximum(rows.amax(1, keepdim=True), rows.amin(1, keepdim=True).neg_()).div_(self._divisor)
+        if not self._weight:
+            return largest
+        mean = rows.abs() @ rows.new_full((self._block, 1), self._weight)  # finite, unlike a sum of all
+        return torch.maximum(largest, mean)
+
+    def _kernel(self, values: Tensor) -> Any:
+        """The compiled kernel's functions, or None where torch has to do."""
+        return _compiled() if self._compiled and values.is_cpu else None
 
     def _decode(self, codes: Tensor, scales: Tensor, rows: Tensor) -> None:
         if self._bits == 8:
@@ -129,6 +148,11 @@ class Blockwise:
         for place, part in enumerate(signed.chunk(8 // self._bits, dim=1)):
             torch.bitwise_left_shift(codes, 8 - (place + 1) * self._bits, out=part)
         torch.mul(signed.bitwise_right_shift_(8 - self._bits), scales.float(), out=rows)
+
+
+@functools.cache
+def _compiled() -> Any:
+    return kernel() if library() is not None else None
 
 
 def aligned(nbytes: int) -> int:

@@ -1,4 +1,4 @@
-"""The compiled part of `shm`: found beside this file when the package was built with a C compiler, else absent."""
+"""The compiled part of `shm` and of codecs: beside this file if the package was built with a C compiler, else absent."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import enum
 import functools
 import importlib
 import importlib.machinery
-from ctypes import c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
+from ctypes import c_char_p, c_double, c_float, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "shm_leave": (None, [c_void_p]),
     "shm_free": (None, [c_void_p]),
     "shm_reduce": (None, [c_void_p, c_void_p, c_int, c_uint64, c_int, c_int]),
+    "codec_encode": (None, [c_void_p, c_void_p, c_void_p, c_uint64, c_uint64, c_int, c_float, c_float]),
+    "codec_decode": (None, [c_void_p, c_void_p, c_void_p, c_uint64, c_uint64, c_int]),
 }
 
 

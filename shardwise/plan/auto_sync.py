@@ -12,10 +12,18 @@ from shardwise.spec.sync import Sync
 
 ENOUGH = 0.92  # of the rate without any synchronisation: more is not worth changing the numbers for
 CODED_BYTES = {8: 1.01, 4: 0.53, 2: 0.26}  # of an element in so many bits, with its share of the block's scale
-CODING_S = 6e-9  # seconds to encode, decode and apply an element, on one core, between two steps
+CODING_S = 4e-9  # seconds to encode, decode and apply an element, on one core, between two steps
 # Steps of a replica between two meetings, bits, and fragments that take turns. What is sent arrives a step later: of a
 # GPT of 1 M parameters the second step of delay cost more held-out loss than another step between two meetings.
-LOCAL: tuple[tuple[int, Literal[8, 4, 2], int], ...] = ((2, 8, 1), (2, 4, 1), (2, 2, 1), (4, 2, 2), (4, 2, 4))
+LOCAL: tuple[tuple[int, Literal[8, 4, 2], int], ...] = (
+    (2, 8, 1),
+    (2, 4, 1),
+    (4, 4, 2),
+    (4, 4, 4),
+    (4, 2, 2),
+    (4, 2, 4),
+)
+HIDES = 0.75  # of the time in which it computes a core can also send: what should take 23 ms took 31 beside a step
 BETA1, BETA2 = 0.8, 0.99  # bounds of Adam's betas while replicas step on their own
 CHECK_SHARE = 0.02  # of the time may go into exact steps that only check
 
@@ -46,6 +54,17 @@ def choose(measured: Measured, allow: Sequence[str], exact: Sync) -> Choice:
     """The word that changes the numbers least among those that reach ENOUGH of the rate without synchronisation; where
     none does, the fastest. `exact` is what the run began with; `allow` has the words that the job permits.
     """
+    rates = rates_of(measured, allow, exact)
+    chosen = next((sync for sync, rate in rates.items() if rate >= ENOUGH), max(rates, key=lambda sync: rates[sync]))
+    exact_s = measured.elements * 4 / measured.bandwidth + 2 * measured.latency_s
+    meetings = 2 if chosen.word == "local" else 1  # replicas first meet
+    check = 0 if chosen == exact else math.ceil(meetings * exact_s / (CHECK_SHARE * measured.compute_s))
+    return Choice(chosen, check, _why(measured, chosen, rates))
+
+
+def rates_of(measured: Measured, allow: Sequence[str], exact: Sync) -> dict[Sync, float]:
+    """What one expects of `exact` and of all that `allow` permits, gentlest first: the share of the rate without any
+    synchronisation."""
     rates = {exact: measured.compute_s / measured.step_s}
     if "compressed" in allow:
         coded = Sync(word="compressed", method="int8", bucket_bytes=exact.bucket_bytes)
@@ -54,11 +73,7 @@ def choose(measured: Measured, allow: Sequence[str], exact: Sync) -> Choice:
         for every, bits, fragments in LOCAL:
             sync = _local(every, bits, fragments, moments=measured.moments)
             rates[sync] = _rate(measured, every=every, bits=bits, overlap=1, fragments=fragments)
-    chosen = next((sync for sync, rate in rates.items() if rate >= ENOUGH), max(rates, key=lambda sync: rates[sync]))
-    exact_s = measured.elements * 4 / measured.bandwidth + 2 * measured.latency_s
-    meetings = 2 if chosen.word == "local" else 1  # replicas first meet
-    check = 0 if chosen == exact else math.ceil(meetings * exact_s / (CHECK_SHARE * measured.compute_s))
-    return Choice(chosen, check, _why(measured, chosen, rates))
+    return rates
 
 
 def _local(every: int, bits: Literal[8, 4, 2], fragments: int, *, moments: bool) -> Sync:
@@ -73,7 +88,9 @@ def _rate(measured: Measured, *, every: int, bits: int, overlap: int, fragments:
     """Of the rate without synchronisation, where `every` steps share `fragments` messages and each of them is hidden by
     `overlap` steps."""
     sent = measured.elements / fragments * CODED_BYTES[bits] * (measured.ranks - 1)
-    exposed_s = fragments * max(0.0, sent / measured.bandwidth + measured.latency_s - overlap * measured.compute_s)
+    exposed_s = fragments * max(
+        0.0, sent / measured.bandwidth + measured.latency_s - HIDES * overlap * measured.compute_s
+    )
     alone_s = every * measured.compute_s
     return alone_s / (alone_s + measured.elements * CODING_S + exposed_s)
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shardwise.comm.codec import Blockwise, Codec
+from shardwise.comm.kernel import library
 from shardwise.comm.methods import CODECS, make_codec
 from shardwise.comm.topk import TopK, largest
 from shardwise.errors import SpecError
@@ -71,6 +72,45 @@ def test_every_magnitude_comes_back_within_the_bound(method: str, numel: int, ex
     values = sample(numel, seed).clamp(-64, 64) * 2.0 ** (exponent / 2) * 2.0 ** (exponent / 2)
     back = through(make_codec(method), values)
     assert ((back.double() - values.double()).abs() <= bound(method, values) + 2.0**-133).all()
+
+
+@examples(60)
+@given(
+    bits=st.sampled_from([2, 4, 8]),
+    block=st.sampled_from([64, 256, 1024]),
+    numel=st.integers(1, 3000),
+    seed=st.integers(0, 2**31),
+    kind=st.sampled_from(["many", "zero", "tiny", "huge", "ties", "inf", "nan"]),
+)
+def test_the_compiled_codec_and_torch_agree(bits: int, block: int, numel: int, seed: int, kind: str) -> None:
+    if library() is None:
+        pytest.skip("the package was built without a C compiler")
+    values = sample(numel, seed)
+    if kind in ("inf", "nan"):
+        values[seed % numel] = math.inf if kind == "inf" else math.nan
+    values = {"zero": values * 0, "tiny": values * 2.0**-130, "huge": values.clamp(-64, 64) * 2.0**121}.get(
+        kind, values
+    )
+    if kind == "ties":
+        values = (values * 4).round().clamp(-7, 7) / 4
+    ours, torchs = Blockwise(bits, block), Blockwise(bits, block, compiled=False)
+    payloads = [torch.zeros(ours.payload_bytes(numel), dtype=torch.uint8) for _ in range(2)]
+    ours.encode(values, payloads[0])
+    torchs.encode(values, payloads[1])
+    if torch.isfinite(values).all() and bits != 2:
+        assert torch.equal(*payloads)
+    for payload in payloads:  # either understands the other, to the bit
+        backs = [torch.empty(numel) for _ in range(2)]
+        ours.decode(payload, backs[0])
+        torchs.decode(payload, backs[1])
+        assert torch.equal(*(back.nan_to_num(7.0, 8.0, 9.0) for back in backs))
+    if torch.isfinite(values).all():  # a mean is summed in another order: a scale may be a rounding away
+        largest = float(backs[0].abs().max())
+        one, two = torch.empty(numel), torch.empty(numel)
+        ours.decode(payloads[0], one)
+        ours.decode(payloads[1], two)
+        apart = ((one - two).abs() > largest * 2.0**-7).double().mean()
+        assert apart <= 0.01
 
 
 def test_three_levels_lose_least_of_normal_values() -> None:

@@ -1,0 +1,90 @@
+/* Blocks of float32 as integers of 8, 4 or 2 bits with a bfloat16 scale each, laid out as codec.py says: one pass over
+ * what a training step has long driven out of the caches, where torch needs ten. No torch and no Python in it. */
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
+#define WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define WIDE
+#endif
+
+enum { LANES = 16, LONGEST = 1024 };          /* partial sums of a block; the longest block */
+static const float TINY = 0x1p-126f;          /* the smallest scale whose inverse is finite */
+static const float WHOLE = 0x1.8p23f;         /* adding it rounds to the nearest integer, halves to even */
+
+static inline float from_bf16(uint16_t h) { uint32_t u = (uint32_t)h << 16; float f; memcpy(&f, &u, 4); return f; }
+static inline uint16_t to_bf16(float f) {
+    uint32_t u; memcpy(&u, &f, 4);
+    if ((u & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((u >> 16) | 0x40u);
+    return (uint16_t)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+
+/* The larger of `weight` times the sum of the magnitudes and the largest of them / `divisor`; NaN where there is one. */
+static inline float scale_of(const float *x, uint64_t block, float weight, float divisor) {
+    uint32_t largest[LANES] = {0}, most = 0;
+    float sums[LANES] = {0}, sum = 0, found;
+    for (uint64_t at = 0; at < block; at += LANES)
+        for (int i = 0; i < LANES; i++) {
+            uint32_t u; float size;
+            memcpy(&u, x + at + i, 4);
+            u &= 0x7fffffffu;                 /* as integers magnitudes are in order, with NaN above all */
+            memcpy(&size, &u, 4);
+            largest[i] = u > largest[i] ? u : largest[i];
+            sums[i] += size * weight;
+        }
+    for (int i = 0; i < LANES; i++) { most = largest[i] > most ? largest[i] : most; sum += sums[i]; }
+    memcpy(&found, &most, 4);
+    found /= divisor;
+    if (found < sum) found = sum;
+    return found < TINY ? TINY : found;
+}
+
+static inline void encode_block(const float *x, int8_t *codes, uint16_t *scale, uint64_t block, int bits, float weight,
+                                float divisor) {
+    int8_t whole[LONGEST];
+    *scale = to_bf16(scale_of(x, block, weight, divisor));
+    float inverse = 1.0f / from_bf16(*scale);
+    for (uint64_t i = 0; i < block; i++) {
+        float step = x[i] * inverse;
+        if (bits == 2) { step = step > 1.0f ? 1.0f : step; step = step < -1.0f ? -1.0f : step; }
+        whole[i] = (int8_t)(int32_t)((step + WHOLE) - WHOLE);
+    }
+    if (bits == 8) { memcpy(codes, whole, block); return; }
+    uint64_t part = block * bits / 8;         /* the halves or quarters of a block share its bytes */
+    uint8_t mask = (uint8_t)((1 << bits) - 1);
+    for (uint64_t i = 0; i < part; i++) codes[i] = (int8_t)(whole[i] & mask);
+    for (int place = 1; place < 8 / bits; place++)
+        for (uint64_t i = 0; i < part; i++)
+            codes[i] = (int8_t)((uint8_t)codes[i] | (uint8_t)((whole[place * part + i] & mask) << (place * bits)));
+}
+static inline void decode_block(const int8_t *codes, float scale, float *out, uint64_t block, int bits) {
+    uint64_t part = block * bits / 8;
+    for (int place = 0; place < 8 / bits; place++) {
+        int up = 8 - (place + 1) * bits, down = 8 - bits;
+        for (uint64_t i = 0; i < part; i++)
+            out[place * part + i] = (float)((int8_t)((uint8_t)codes[i] << up) >> down) * scale;
+    }
+}
+
+/* `block` is a multiple of 64, at most LONGEST; the last one may lack values, which count as zeros. */
+WIDE void codec_encode(const float *values, int8_t *codes, uint16_t *scales, uint64_t numel, uint64_t block, int bits,
+                       float weight, float divisor) {
+    uint64_t whole = numel / block, rest = numel % block, bytes = block * bits / 8;
+    for (uint64_t b = 0; b < whole; b++)
+        encode_block(values + b * block, codes + b * bytes, scales + b, block, bits, weight, divisor);
+    if (!rest) return;
+    float padded[LONGEST] = {0};
+    memcpy(padded, values + whole * block, rest * sizeof *values);
+    encode_block(padded, codes + whole * bytes, scales + whole, block, bits, weight, divisor);
+}
+WIDE void codec_decode(const int8_t *codes, const uint16_t *scales, float *out, uint64_t numel, uint64_t block, int bits) {
+    uint64_t whole = numel / block, rest = numel % block, bytes = block * bits / 8;
+    for (uint64_t b = 0; b < whole; b++)
+        decode_block(codes + b * bytes, from_bf16(scales[b]), out + b * block, block, bits);
+    if (!rest) return;
+    float padded[LONGEST];
+    decode_block(codes + whole * bytes, from_bf16(scales[whole]), padded, block, bits);
+    memcpy(out + whole * block, padded, rest * sizeof *out);
+}
