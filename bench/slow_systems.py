@@ -65,17 +65,17 @@ AUTO = 25  # exact steps before `sync=auto` chooses
 ALLOWED = ("compressed", "local")
 BASE, LIMIT, PICKED = "ddp", "unsynchronised", "shardwise:auto"
 MEETING = 250  # steps of hivemind between two averages: twice as long as its peers look for each other
+TURNS = (  # four quarters of the parameters take turns, one a step, in 4 bits
+    "sync.every=4,sync.bits=4,sync.overlap=1,sync.fragments=4,sync.outer_lr=1,sync.outer_momentum=0,"
+    "sync.beta1=0.8,sync.beta2=0.99"
+)
 QUICK = ("shardwise", BASE, LIMIT)
 SYSTEMS = {
     "shardwise": _ours("sync=all_reduce", exact=True),
     PICKED: _ours("sync=auto", start=AUTO, adapts=True),
     "shardwise:int8": _ours("sync=compressed,sync.method=int8"),
-    "shardwise:powersgd": _ours("sync=compressed,sync.method=powersgd,sync.rank=4"),
-    "shardwise:local": _ours("sync=local,sync.method=sgd,sync.every=4,sync.bits=4,sync.overlap=2", period=4),
+    "shardwise:local": _ours(f"sync=local,sync.method=streaming,{TURNS}", period=4),
     "shardwise:diloco": _ours("sync=local,sync.method=diloco,sync.every=50,sync.bits=8", period=50),
-    "shardwise:streaming": _ours(
-        "sync=local,sync.method=streaming,sync.every=48,sync.overlap=6,sync.bits=8,sync.fragments=4", period=48
-    ),
     BASE: _torch("ddp", exact=True),
     "ddp:fp16": _torch("fp16"),
     "ddp:powersgd": _torch("powersgd", rank=4, start=150),

@@ -1,4 +1,4 @@
-"""The compiled part of `shm` and of codecs: beside this file if the package was built with a C compiler, else absent."""
+"""The compiled part of `shm` and of codecs: beside this file if it was built with a C compiler, else absent."""
 
 from __future__ import annotations
 
