@@ -41,7 +41,7 @@ enum { LINE = 64, SLOTS = 2, HEADER = 128, BLOCK = 1024, WHY = 960 };
 enum { SMALL = 1 << 15, SMALL_OF_TWO = 1 << 18 }; /* bytes up to which every rank reads every other's chunk */
 enum { COPIED = 1 << 18, STEP = 1 << 16 };    /* bytes of a chunk that is only copied, of a step of a message */
 enum { STRIDE = 512 };                        /* bytes after which a large all-reduce goes over to its next stream */
-enum { SPIN_NS = 50000, TURNS = 16, YIELD_NS = 100000, NAP_NS = 5000000, HELP_AFTER_NS = 1000000, LINGER = 20 };
+enum { SPIN_NS = 200000, TURNS = 16, YIELD_NS = 100000, NAP_NS = 5000000, HELP_AFTER_NS = 1000000, LINGER = 20 };
 enum kind { BARRIER, ALL_REDUCE, REDUCE, BROADCAST, ALL_GATHER, REDUCE_SCATTER, GATHER, SCATTER, ALL_TO_ALL, SEND, RECV };
 enum dtype { F32, F64, BF16, F16, I8, U8, I16, I32, I64, BOOL };
 enum reduction { SUM, AVG, PRODUCT, MIN, MAX, BAND, BOR, BXOR };
