@@ -19,7 +19,8 @@ from bench.subject import Subject, close_all
 
 ROUNDS, LARGE_ROUNDS, QUICK_ROUNDS = 8, 3, 3
 START_S, TURN_S = 60.0, 60.0
-TURN_BYTES = 200 << 20  # what a turn moves at most; at least 3 calls, at most 300
+LONG_S = 0.05  # about how long the calls of a turn take
+FEW, ENOUGH, MOST = 3, 200, 3000  # calls in a turn: at least, at least for a 99th percentile, at most
 LARGE_BYTES = 25 << 20  # from here a case other than all-reduce has LARGE_ROUNDS
 LATENCY_BYTES = 64 << 10  # up to here a case is about latency
 MODULE = "bench.subjects.collectives"
@@ -72,10 +73,6 @@ class Case:
         return f"{self.operation} {self.size} {self.ranks} ranks".replace("barrier 0 B", "barrier")
 
     @property
-    def repeats(self) -> int:
-        return max(3, min(300, TURN_BYTES // max(1, self.nbytes) // 4))
-
-    @property
     def rounds(self) -> int:
         large = self.nbytes >= LARGE_BYTES and self.operation != "all_reduce"
         return LARGE_ROUNDS if large else ROUNDS
@@ -84,8 +81,8 @@ class Case:
     def metric(self) -> str:
         return "latency" if self.nbytes <= LATENCY_BYTES else "time"
 
-    def command(self) -> Message:
-        return {"do": "time", "operation": self.operation, "bytes": self.nbytes, "repeats": self.repeats}
+    def command(self, repeats: int) -> Message:
+        return {"do": "time", "operation": self.operation, "bytes": self.nbytes, "repeats": repeats}
 
 
 def cases(options: Options, ranks: int) -> list[Case]:
@@ -136,29 +133,37 @@ def run_ranks(ranks: int, chosen: Sequence[Case], options: Options) -> list[Row]
 def run_case(
     case: Case, names: Sequence[str], subjects: Mapping[str, Subject], lost: dict[str, str], rounds: int
 ) -> list[Row]:
-    say(f"{case}: {rounds} rounds of {case.repeats} calls")
+    say(f"{case}: {rounds} rounds")
     tails: dict[str, list[float]] = {name: [] for name in names}
     wrong: dict[str, str] = {}
 
     def turn(name: str) -> float:
-        answers = ask(subjects[name], case)
+        answers = ask(subjects[name], case, repeats[name])
         tails[name].append(max(answer["p99"] for answer in answers))
         if not all(answer["right"] for answer in answers):
             wrong[name] = "wrong result"
         return max(answer["seconds"] for answer in answers)
 
     ready = [name for name in names if name in subjects and name not in lost]
-    for name in ready:  # the first call of a size sets buffers up
-        ask(subjects[name], case)
+    repeats = {name: repeats_of(subjects[name], case) for name in ready}
     outcomes = play(ready, rounds, turn)
     lost.update({name: outcome.note for name, outcome in outcomes.items() if outcome.note})
     return rows_of(case, names, outcomes, tails, wrong | lost)
 
 
-def ask(subject: Subject, case: Case) -> list[Message]:
+def repeats_of(subject: Subject, case: Case) -> int:
+    """How many calls are a turn. The ranks of a system never begin at once, which is much of a few small calls' time."""
+    found = FEW  # the first calls of a size also set buffers up
+    for _ in range(2):
+        seconds = max(answer["seconds"] for answer in ask(subject, case, found))
+        found = max(ENOUGH if case.metric == "latency" else FEW, min(MOST, int(LONG_S / seconds)))
+    return found
+
+
+def ask(subject: Subject, case: Case, repeats: int) -> list[Message]:
     """One turn of a system; while others have theirs it is stopped."""
     subject.launched.thaw()
-    answers = subject.ask(case.command(), TURN_S)
+    answers = subject.ask(case.command(repeats), TURN_S)
     subject.launched.freeze()
     return answers
 
