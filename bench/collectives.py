@@ -152,7 +152,7 @@ def run_case(
 
 
 def repeats_of(subject: Subject, case: Case) -> int:
-    """How many calls are a turn. The ranks of a system never begin at once, which is much of a few small calls' time."""
+    """How many calls are a turn. Ranks never begin at once, which is much of the time of a few small calls."""
     found = FEW  # the first calls of a size also set buffers up
     for _ in range(2):
         seconds = max(answer["seconds"] for answer in ask(subject, case, found))
