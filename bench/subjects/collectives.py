@@ -34,13 +34,15 @@ def make(transport: str, operation: str, nbytes: int) -> Made:
     """The call to time, what sets its tensors up, and whether they hold the right result."""
     count, rank, world = max(1, nbytes // 4), dist.get_rank(), dist.get_world_size()
     if operation != "all_reduce":
-        return other(operation, count, rank, world)
+        return other(operation, count, rank, world, kernel=transport == "kernel")
     tensor = zeros(transport, count)
     call: Callable[[], Any]
     if transport == "limit":
         call = lambda: tensor.add_(1.0)  # noqa: E731
         return Made(call, lambda: tensor.fill_(1.0), lambda: True)
-    call = kernel_call(tensor) if transport == "kernel" else lambda: dist.all_reduce(tensor)
+    call = lambda: dist.all_reduce(tensor)  # noqa: E731
+    if transport == "kernel":
+        call = kernel_call(operation, tensor, tensor, tensor)
     total = float(world * (world + 1) // 2)
     return Made(call, lambda: tensor.fill_(rank + 1.0), lambda: bool((tensor == total).all()))
 
@@ -51,25 +53,41 @@ def zeros(transport: str, count: int) -> torch.Tensor:
     return torch.zeros(count)
 
 
-def kernel_call(tensor: torch.Tensor) -> Callable[[], None]:
-    """One call into the compiled kernel, with nothing of torch around it."""
-    from shardwise.comm.kernel import Kind, kernel
+def kernel_call(operation: str, whole: torch.Tensor, mine: torch.Tensor, out: torch.Tensor) -> Callable[[], None]:
+    """One call into the compiled kernel, with nothing of torch around it; a second one where it takes long."""
+    from shardwise.comm.kernel import Kind, Outcome, kernel
 
-    shm = dist.group.WORLD._inners["cpu"].backend  # type: ignore[union-attr]
-    run, wait, release, context = kernel().shm_run, kernel().shm_wait, kernel().shm_release, shm.context
-    at, nbytes, what = tensor.data_ptr(), tensor.nbytes, int(Kind.ALL_REDUCE)
+    context = dist.group.WORLD._inners["cpu"].backend.context  # type: ignore[union-attr]
+    run, message, wait, release = (getattr(kernel(), f"shm_{name}") for name in ("run", "message", "wait", "release"))
+    rank = dist.get_rank()
+    source, target, piece = {
+        "all_gather": (mine, whole, mine),
+        "gather": (mine, whole, mine),
+        "reduce_scatter": (whole, mine, mine),
+        "scatter": (whole, mine, mine),
+        "all_to_all": (whole, out, mine),
+    }.get(operation, (whole, whole, whole))
+    begin, end, nbytes = source.data_ptr(), target.data_ptr(), piece.nbytes
+    if operation == "send_recv":
+        if rank >= dist.get_world_size() // 2 * 2:
+            return lambda: None
+        kind = Kind.RECV if rank % 2 else Kind.SEND
+        start = lambda: message(context, int(kind), rank ^ 1, 0, begin, nbytes)  # noqa: E731
+    else:
+        kind = Kind[operation.upper()]
+        start = lambda: run(context, int(kind), begin, end, nbytes)  # noqa: E731
 
     def call() -> None:
-        slow = run(context, what, at, at, nbytes)
-        while slow is not None:
-            if wait(context, slow, 1.0) != 1:
-                release(context, slow)
-                return
+        handle = start()
+        if handle:
+            while wait(context, handle, 1.0) == Outcome.AGAIN:
+                continue
+            release(context, handle)
 
     return call
 
 
-def other(operation: str, count: int, rank: int, world: int) -> Made:
+def other(operation: str, count: int, rank: int, world: int, *, kernel: bool) -> Made:
     """The operations beside all-reduce, on one whole tensor of `count` elements."""
     piece = max(1, count // world)
     whole, mine = torch.zeros(piece * world), torch.zeros(piece)
@@ -110,7 +128,8 @@ def other(operation: str, count: int, rank: int, world: int) -> Made:
         "send_recv": lambda: bool((whole == rank - rank % 2 + 1).all()) or rank >= world - world % 2,
         "barrier": lambda: True,
     }
-    return Made(calls[operation], fill, rights[operation])
+    call = kernel_call(operation, whole, mine, out) if kernel else calls[operation]
+    return Made(call, fill, rights[operation])
 
 
 if __name__ == "__main__":
