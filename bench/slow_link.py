@@ -25,7 +25,7 @@ from bench.subject import close_all
 
 WIRES = (Wire(10), Wire(100), Wire(1000), Wire(), Wire(100, 10), Wire(10, 10))
 SEEDS = (1, 2)  # of the mode that is picked, and of what it is compared with; others are trained once
-ROUNDS, FEW_ROUNDS, QUICK_ROUNDS = 16, 8, 3
+ROUNDS, FEW_ROUNDS, QUICK_ROUNDS = 12, 5, 3
 FEW_BELOW_MBIT = 1000  # slower than this no target is a matter of a few per cent, and a round takes long
 QUICK_STEPS = 60
 TURN_S, QUICK_TURN_S, QUICK_PROBE_S = 1.5, 0.8, 1.5

@@ -14,7 +14,8 @@ class LossBand:
     """Fed with each step's loss; asked, with the loss of an exact step, whether training has left the band.
 
     It has where that loss is not finite, is more than DEVIATIONS standard deviations above the mean of the last WINDOW
-    steps (agreed parameters that are worse than each replica's own), or where that mean is RISE times the best so far.
+    steps (agreed parameters that are worse than each replica's own), or where that mean is RISE times the best so far
+    and also DEVIATIONS standard errors of the difference of two means above it: the best of many noisy means is low.
     """
 
     def __init__(self) -> None:
@@ -39,7 +40,7 @@ class LossBand:
                 f"the loss of an exact step is {exact_loss:.4g}, above the {mean:.4g} +- {spread:.2g} of the {WINDOW} "
                 "steps before it"
             )
-        if mean > RISE * self._best:
+        if mean > RISE * self._best + DEVIATIONS * spread * math.sqrt(2 / WINDOW):
             return f"the mean loss of {WINDOW} steps rose from {self._best:.4g} to {mean:.4g}"
         return ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from random import Random
 from typing import Any
 
 import pytest
@@ -94,6 +95,18 @@ def test_a_band_knows_noise_from_harm() -> None:
     for _ in range(WINDOW):
         band.add(1.9)
     assert "rose" in band.left(1.9)
+
+
+def test_the_noise_of_small_batches_stays_inside() -> None:
+    random = Random(0)
+    band = LossBand()
+    for s in range(20_000):
+        band.add(random.gauss(2.0, 0.4))
+        if s % 500 == 499:
+            assert band.left(random.gauss(2.0, 0.2)) == ""
+    for _ in range(WINDOW):
+        band.add(random.gauss(2.6, 0.4))
+    assert "rose" in band.left(2.6)
 
 
 @pytest.mark.parametrize("loss", [math.inf, -math.inf])
