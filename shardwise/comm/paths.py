@@ -161,7 +161,7 @@ def _probe(wire: Wire, members: tuple[int, ...], place: int, budget_s: float) ->
             small = min(small, timed(8))
     message = MESSAGE_S
     if left[-1] > 20 * small:
-        message = max(1e-6, (timed(8, 9) - small) / 8)
+        message = max(1e-6, min((timed(8, 9) - small) / 8, small / 2))  # messages that were held up say little
     before, bandwidth = (0, 0.0), 1e6
     for nbytes in PROBED_BYTES:
         whole = timed(nbytes)
