@@ -51,14 +51,14 @@ steps = st.lists(
 @given(steps)
 def test_ranks_are_ended_exactly_when_there_is_a_reason(script: list[tuple[str, int, int]]) -> None:
     watch = Supervision(4, GRACE_S)
-    live, now, stops, reason_at = {0, 1, 2, 3}, 0.0, 0, None
+    live, now, stops, failed_at = {0, 1, 2, 3}, 0.0, 0, None
     terminated_at = killed_at = None
     for what, number, status in script:
         if what == "exit" and number in live:
             live.discard(number)
             watch.exited(number, status, now)
-            if status and reason_at is None:
-                reason_at = now + SETTLE_S
+            if status and failed_at is None:
+                failed_at = now
         elif what == "stop":
             stops += 1
             watch.stop(number)
@@ -70,7 +70,7 @@ def test_ranks_are_ended_exactly_when_there_is_a_reason(script: list[tuple[str, 
             assert live
             assert terminated_at is None
             assert killed_at is None
-            assert stops == 1 or (reason_at is not None and now >= reason_at)
+            assert stops == 1 or (failed_at is not None and now - failed_at >= SETTLE_S)
             terminated_at = now
         elif action == "kill":
             assert live
@@ -82,7 +82,7 @@ def test_ranks_are_ended_exactly_when_there_is_a_reason(script: list[tuple[str, 
             assert now - killed_at >= KILL_LIMIT_S
         elif live and killed_at is None:  # nothing done: nothing was due
             assert stops < 2
-            assert terminated_at is not None or (not stops and (reason_at is None or now < reason_at))
+            assert terminated_at is not None or (not stops and (failed_at is None or now - failed_at < SETTLE_S))
             assert terminated_at is None or now - terminated_at < GRACE_S
 
 
