@@ -27,25 +27,22 @@ static PyObject *handle(Op *o) {
     return PyLong_FromVoidPtr(o);
 }
 
-static PyObject *begin(PyObject *module, PyObject *const *given, Py_ssize_t n) {
+static PyObject *start(PyObject *const *given, Py_ssize_t n, Op *(*how)(Context *, uint64_t, char *, char *, uint64_t)) {
     uint64_t v[5];
     Op *o;
-    (void)module;
     if (!numbers(given, n, 5, v)) return NULL;
     Py_BEGIN_ALLOW_THREADS
-    o = shm_begin((Context *)v[0], v[1], (char *)v[2], (char *)v[3], v[4]);
+    o = how((Context *)v[0], v[1], (char *)v[2], (char *)v[3], v[4]);
     Py_END_ALLOW_THREADS
     return handle(o);
 }
-static PyObject *run(PyObject *module, PyObject *const *given, Py_ssize_t n) {
-    uint64_t v[5];
-    Op *o;
+static PyObject *begin(PyObject *module, PyObject *const *given, Py_ssize_t n) {
     (void)module;
-    if (!numbers(given, n, 5, v)) return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    o = shm_run((Context *)v[0], v[1], (char *)v[2], (char *)v[3], v[4]);
-    Py_END_ALLOW_THREADS
-    return handle(o);
+    return start(given, n, shm_begin);
+}
+static PyObject *run(PyObject *module, PyObject *const *given, Py_ssize_t n) {
+    (void)module;
+    return start(given, n, shm_run);
 }
 static PyObject *wait_for(PyObject *module, PyObject *const *given, Py_ssize_t n) {
     uint64_t v[2];

@@ -205,7 +205,7 @@ def test_the_link_of_ranks_is_that_of_the_transport_that_they_will_have(
 ) -> None:
     monkeypatch.setenv("SHARDWISE_TRANSPORT", asked)
     monkeypatch.setattr("shardwise.cluster.discover.find_gpus", lambda: [])
-    monkeypatch.setattr("shardwise.cluster.discover.library", lambda: kernel)
+    monkeypatch.setattr(sys.modules[discover.__module__], "library", lambda: kernel)
     assert discover(probe=False, cache=tmp_path / "cluster.json").nodes[0].link == TRANSPORTS[backend].link
 
 
