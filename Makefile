@@ -14,7 +14,7 @@ $(BIN)/pip:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Shardwise needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: $(BIN)/pip pyproject.toml setup.py $(wildcard shardwise/comm/*.c) constraints.txt
+$(VENV)/.installed: $(BIN)/pip pyproject.toml setup.py $(wildcard shardwise/comm/*.[ch]) constraints.txt
 	$(INSTALL) -e .
 	@touch $@
 

@@ -54,11 +54,13 @@ def zeros(transport: str, count: int) -> torch.Tensor:
 
 
 def kernel_call(operation: str, whole: torch.Tensor, mine: torch.Tensor, out: torch.Tensor) -> Callable[[], None]:
-    """One call into the compiled kernel, with nothing of torch around it; a second one where it takes long."""
+    """The calls into the compiled kernel that an operation takes, with nothing of torch around them."""
     from shardwise.comm.kernel import Kind, Outcome, kernel
 
     context = dist.group.WORLD._inners["cpu"].backend.context  # type: ignore[union-attr]
-    run, message, wait, release = (getattr(kernel(), f"shm_{name}") for name in ("run", "message", "wait", "release"))
+    post, end, message, wait, release = (
+        getattr(kernel(), f"shm_{name}") for name in ("post", "end", "message", "wait", "release")
+    )
     rank = dist.get_rank()
     source, target, piece = {
         "all_gather": (mine, whole, mine),
@@ -67,22 +69,25 @@ def kernel_call(operation: str, whole: torch.Tensor, mine: torch.Tensor, out: to
         "scatter": (whole, mine, mine),
         "all_to_all": (whole, out, mine),
     }.get(operation, (whole, whole, whole))
-    begin, end, nbytes = source.data_ptr(), target.data_ptr(), piece.nbytes
+    begin, target_at, nbytes = source.data_ptr(), target.data_ptr(), piece.nbytes
     if operation == "send_recv":
         if rank >= dist.get_world_size() // 2 * 2:
             return lambda: None
         kind = Kind.RECV if rank % 2 else Kind.SEND
-        start = lambda: message(context, int(kind), rank ^ 1, 0, begin, nbytes)  # noqa: E731
-    else:
-        kind = Kind[operation.upper()]
-        start = lambda: run(context, int(kind), begin, end, nbytes)  # noqa: E731
 
-    def call() -> None:
-        handle = start()
-        if handle:
+        def pass_on() -> None:
+            handle = message(context, kind, rank ^ 1, 0, begin, nbytes)
             while wait(context, handle, 1.0) == Outcome.AGAIN:
                 continue
             release(context, handle)
+
+        return pass_on
+    what = int(Kind[operation.upper()])
+
+    def call() -> None:
+        if end(context, handle := post(context, what, begin, target_at, nbytes), 60.0) != Outcome.OK:
+            release(context, handle)
+            raise RuntimeError(f"{operation} did not end")
 
     return call
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from shardwise.comm.kernel import kernel, library
+from shardwise.comm.kernel import kernel, loadable
 
 ALIGN = 16  # bytes: payloads laid behind each other can all be viewed as any dtype
 TINY = 2.0**-126  # the smallest scale whose inverse is finite
@@ -138,7 +137,7 @@ class Blockwise:
 
     def _kernel(self, values: Tensor) -> Any:
         """The compiled kernel's functions, or None where torch has to do."""
-        return _compiled() if self._compiled and values.is_cpu else None
+        return kernel() if self._compiled and values.is_cpu and loadable() else None
 
     def _decode(self, codes: Tensor, scales: Tensor, rows: Tensor) -> None:
         if self._bits == 8:
@@ -148,11 +147,6 @@ class Blockwise:
         for place, part in enumerate(signed.chunk(8 // self._bits, dim=1)):
             torch.bitwise_left_shift(codes, 8 - (place + 1) * self._bits, out=part)
         torch.mul(signed.bitwise_right_shift_(8 - self._bits), scales.float(), out=rows)
-
-
-@functools.cache
-def _compiled() -> Any:
-    return kernel() if library() is not None else None
 
 
 def aligned(nbytes: int) -> int:

@@ -4,22 +4,11 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
-#define WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define WIDE
-#endif
+#include "kernel.h"
 
 enum { LANES = 16, LONGEST = 1024 };          /* partial sums of a block; the longest block */
 static const float TINY = 0x1p-126f;          /* the smallest scale whose inverse is finite */
 static const float WHOLE = 0x1.8p23f;         /* adding it rounds to the nearest integer, halves to even */
-
-static inline float from_bf16(uint16_t h) { uint32_t u = (uint32_t)h << 16; float f; memcpy(&f, &u, 4); return f; }
-static inline uint16_t to_bf16(float f) {
-    uint32_t u; memcpy(&u, &f, 4);
-    if ((u & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((u >> 16) | 0x40u);
-    return (uint16_t)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
-}
 
 /* The larger of `weight` times the sum of the magnitudes and the largest of them / `divisor`; NaN where there is one. */
 static inline float scale_of(const float *x, uint64_t block, float weight, float divisor) {

@@ -12,6 +12,7 @@ from shardwise.comm.kernel import Kind
 from shardwise.comm.shm import BITWISE, DTYPES, OPERATIONS, REDUCTIONS, Shm
 from shardwise.comm.shm_work import ShmFailure
 from shardwise.comm.work import GuardedWork, profiling, section
+from shardwise.errors import CommError
 
 if TYPE_CHECKING:
     from shardwise.comm.group import Group
@@ -53,8 +54,8 @@ class Direct:
     ) -> dist.Work | None:
         """all_reduce, reduce, broadcast."""
         tensor = tensors[0] if type(tensors) is list and len(tensors) == 1 else tensors
-        code = _code(tensor, reduction) if type(tensor) is not list else None
-        if code is None:
+        code = _code(tensor, reduction) if isinstance(tensor, Tensor) else None
+        if code is None or not 0 <= root < self._shm.size:
             return None
         at, nbytes = tensor.data_ptr(), tensor.nbytes
         return self._start(op, (kind | code << 8 | root << 32, at, at, nbytes), nbytes, tensors, (), opts)
@@ -74,7 +75,7 @@ class Direct:
         """all_gather, gather, reduce_scatter, scatter: `whole` is one tensor, or one for each rank (at the root)."""
         code, nbytes = _code(piece, reduction), piece.nbytes
         at = self._begin_of(whole, piece, nbytes) if root is None or root == self._shm.rank else 0
-        if code is None or at is None:
+        if code is None or at is None or not 0 <= (root or 0) < self._shm.size:
             return None
         source, target = (at, piece.data_ptr()) if kind in SPREAD else (piece.data_ptr(), at)
         counted = nbytes * self._shm.size if kind == Kind.REDUCE_SCATTER else nbytes
@@ -83,7 +84,10 @@ class Direct:
 
     def exchange(self, output: Any, input: Any, opts: Any) -> dist.Work | None:
         """all_to_all of equal pieces, of one tensor or of one for each rank."""
-        first, size = input if isinstance(input, Tensor) else input[0], self._shm.size
+        size = self._shm.size
+        if not isinstance(input, Tensor) and len(input) != size:
+            return None
+        first = input if isinstance(input, Tensor) else input[0]
         code, nbytes = _code(first, None), first.nbytes
         if first is input:
             if not first.dim() or first.shape[0] % size:
@@ -129,15 +133,22 @@ class Direct:
         self, op: str, arguments: tuple[int, ...], counted: int, results: Any, given: Any, later: bool
     ) -> dist.Work:
         group, shm = self._group, self._shm
-        with group._lock:
-            sequence = group._enter(op, counted)
-            begun = shm.begin(arguments, given, results) if later else None
-        if not later:  # others may begin operations while this one waits
-            began = perf_counter()
-            begun = shm.run(arguments, given, results)
-            group.waits.add(perf_counter() - began)
-            if begun is None:
-                return DONE
+        try:
+            with group._lock:  # others may begin operations while this one waits
+                sequence = group._enter(op, counted)
+                begun = shm.begin(arguments, given, results) if later else None
+                handle = 0 if later else shm.post(arguments)
+            if not later:
+                began = perf_counter()
+                begun = shm.end(handle, given, results)
+                group.waits.add(perf_counter() - began)
+                if begun is None:
+                    return DONE
+        except CommError:  # the group had ended: nothing was begun
+            raise
+        except BaseException as error:
+            shm.interrupted(error)
+            raise
         tag = group._tag(op, sequence)
         if begun is None:
             raise group.failed(tag, ShmFailure(shm.why()))

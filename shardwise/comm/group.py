@@ -1,4 +1,4 @@
-"""`Group`: one process group for every axis, over gloo and nccl, with one order, tags, byte counts and a real abort."""
+"""`Group`: one process group for every axis and backend, with one order, tags, byte counts and a real abort."""
 
 # mypy: disable-error-code="override"
 # torch's stubs overload each operation for callers that do not exist here; these take the union of what torch passes.
@@ -36,6 +36,7 @@ UNHURRIED = (
     "recv",
     "reduce_scatter",
 )  # of gloo: a wait for these must not run out, or does not say how it ended
+UNSEEN = ("shm", "shm-torch")  # by torch's profiler, which knows its own backends
 REPORT_S = 0.5  # how long a failed rank waits for the others to report, to say who did not
 
 
@@ -244,16 +245,19 @@ class Group(dist.ProcessGroup):
     def _run(self, op: str, tensors: Any, call: Callable[[Any], Any], peer: int | None = None) -> GuardedWork:
         """Issue one operation: `call(backend)` returns the backend's work. `tensors` are what it sends or receives,
         `peer` is whom a message goes to or comes from."""
-        if self._direct is not None and profiling():
-            with section("shm", op):
-                return self._issue(op, tensors, call, peer)
-        return self._issue(op, tensors, call, peer)
-
-    def _issue(self, op: str, tensors: Any, call: Callable[[Any], Any], peer: int | None) -> GuardedWork:
         flat = _flat(tensors)
+        device = flat[0].device.type if flat else next(iter(self._inners))
+        inner = self._inners.get(device)
+        if inner is not None and inner.name in UNSEEN and profiling():
+            with section(inner.name, op):
+                return self._issue(op, tensors, flat, device, call, peer)
+        return self._issue(op, tensors, flat, device, call, peer)
+
+    def _issue(
+        self, op: str, tensors: Any, flat: list[torch.Tensor], device: str, call: Callable[[Any], Any], peer: int | None
+    ) -> GuardedWork:
         with self._lock:
             sequence = self._enter(op, sum(t.nbytes for t in flat), peer)
-            device = flat[0].device.type if flat else next(iter(self._inners))
             inner = self._inner_for(device)
             tag = self._tag(op, sequence, peer)
             try:

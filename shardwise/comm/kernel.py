@@ -53,7 +53,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         [c_void_p, c_int, c_int, c_int, c_int, c_uint64, c_int, c_void_p, c_void_p, c_int, c_void_p, c_void_p],
     ),
     "shm_begin": (c_void_p, [c_void_p, c_uint64, c_void_p, c_void_p, c_uint64]),
-    "shm_run": (c_void_p, [c_void_p, c_uint64, c_void_p, c_void_p, c_uint64]),
+    "shm_post": (c_void_p, [c_void_p, c_uint64, c_void_p, c_void_p, c_uint64]),
+    "shm_end": (c_int, [c_void_p, c_void_p, c_double]),
     "shm_message": (c_void_p, [c_void_p, c_int, c_int, c_int64, c_void_p, c_uint64]),
     "shm_wait": (c_int, [c_void_p, c_void_p, c_double]),
     "shm_test": (c_int, [c_void_p, c_void_p]),
@@ -80,6 +81,16 @@ def library() -> Path | None:
 
 
 @functools.cache
+def loadable() -> bool:
+    """Whether there is a compiled kernel that this system can load."""
+    try:
+        kernel()
+    except OSError:
+        return False
+    return True
+
+
+@functools.cache
 def kernel() -> Any:
     """The kernel's functions. Raises OSError where `library` is None or this system cannot load it."""
     path = library()
@@ -87,7 +98,9 @@ def kernel() -> Any:
         raise OSError("shardwise was built without a C compiler, so it has no shared-memory kernel.")
     loaded = ctypes.CDLL(str(path))
     for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(loaded, name)
+        function = getattr(loaded, name, None)
+        if function is None:
+            raise OSError(f"{path} was built from other sources: it has no {name}. Install shardwise again.")
         function.restype, function.argtypes = result, arguments
     with contextlib.suppress(ImportError):  # the same functions without ctypes, where Python's headers were there
         loaded.__dict__.update({k: v for k, v in vars(importlib.import_module(MODULE)).items() if k in _SIGNATURES})

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shardwise.comm.heap import Heap
 from shardwise.comm.kernel import Kind, Outcome, kernel
-from shardwise.comm.shm_work import ShmFailure, ShmWork, Started, Together
+from shardwise.comm.shm_work import SLICE_S, ShmFailure, ShmWork, Started, Together
 
 CHUNK = 1 << 20  # bytes that a rank writes before the others read
 PIPE = 1 << 20  # bytes that a message may run ahead of its receiver
@@ -276,10 +276,14 @@ class Shm:
         try:
             handle = start(self.context, *arguments)
             return ShmWork(self, handle, given, results, back) if handle is not None else None
-        except BaseException:  # Ctrl-C, after the operation began: nobody would hold its tensors
-            self.abort("it was interrupted")
-            self._kernel.shm_settle(self.context)
+        except BaseException as error:  # Ctrl-C, after the operation began: nobody would hold its tensors
+            self.interrupted(error)
             raise
+
+    def interrupted(self, error: BaseException) -> None:
+        """End the group because an operation may be under way whose tensors nobody holds; none is touched any more."""
+        self.abort(f"it was interrupted ({type(error).__name__})")
+        self._kernel.shm_settle(self.context)
 
     def _begun(self, *call: Any) -> ShmWork:
         work = self._work(*call)
@@ -289,9 +293,18 @@ class Shm:
 
     # The short way, of `Direct`: arguments are those of the kernel's `flat`.
 
-    def run(self, arguments: tuple[int, ...], given: Any, results: list[Any]) -> ShmWork | None:
-        """Do an operation. Its work where it takes long or where the group has failed, None where it has ended."""
-        return self._work(self._kernel.shm_run, arguments, given, results)
+    def post(self, arguments: tuple[int, ...]) -> int:
+        """Start an operation for whoever calls `end` with its handle at once, or else `interrupted`."""
+        if self._orphans:
+            self._sweep()
+        handle: int = self._kernel.shm_post(self.context, *arguments)
+        return handle
+
+    def end(self, handle: int, given: Any, results: list[Any]) -> ShmWork | None:
+        """Wait for it. Its work where it takes long or where the group has failed, None where it has ended."""
+        if self._kernel.shm_end(self.context, handle, SLICE_S) == Outcome.OK:
+            return None
+        return ShmWork(self, handle, given, results, ())
 
     def begin(self, arguments: tuple[int, ...], given: Any, results: list[Any]) -> ShmWork | None:
         """Start an operation; None where the group has failed."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch.distributed.distributed_c10d as dist
 
-from shardwise.comm.kernel import kernel
+from shardwise.comm.kernel import kernel, loadable
 from shardwise.comm.shm import CHUNK, HEAP, PIPE, Shm
 from shardwise.comm.shm_torch import ShmTorch
 from shardwise.comm.torch_segment import fixed_bytes
@@ -30,7 +30,7 @@ def connect_shm(store: dist.Store, rank: int, ranks: Sequence[int], *, compiled:
     Collective. Raises RuntimeError when a rank does not answer within the store's time limit.
     """
     size = len(ranks)
-    store.set(f"shm/{rank}", f"{os.getpid()} {'kernel' if compiled and _has_kernel() else 'torch'} {_place()}")
+    store.set(f"shm/{rank}", f"{os.getpid()} {'kernel' if compiled and loadable() else 'torch'} {_place()}")
     told = [store.get(f"shm/{r}").decode().split(" ", 2) for r in range(size)]
     if len({place for _, _, place in told}) > 1 or not told[0][2] or size > MOST:
         return None
@@ -85,14 +85,6 @@ def _open(
             if descriptor >= 0:
                 os.close(descriptor)
         return None
-
-
-def _has_kernel() -> bool:
-    try:
-        kernel()
-    except OSError:
-        return False
-    return True
 
 
 def _place() -> str:

@@ -1,5 +1,5 @@
 /* Collectives and messages between the ranks of one host, over memory that they share. No torch and no Python in it:
- * shm.py maps the segment, calls these functions through ctypes and keeps the tensors alive.
+ * shm.py maps the segment, calls these functions (shm_module.c) and keeps the tensors alive.
  *
  * Every rank has a counter of phases. In a phase a rank waits until the others have ended the one before, writes a chunk
  * into a slot of its own, reads what they wrote in the phase before, and raises its counter. All ranks run the same
@@ -24,11 +24,8 @@
 #include <time.h>
 #include <unistd.h>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
-#define WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define WIDE
-#endif
+#include "kernel.h"
+
 #if defined(__x86_64__)
 #define RELAX() __builtin_ia32_pause()
 #elif defined(__aarch64__)
@@ -45,7 +42,6 @@ enum { SPIN_NS = 200000, TURNS = 16, YIELD_NS = 100000, NAP_NS = 5000000, HELP_A
 enum kind { BARRIER, ALL_REDUCE, REDUCE, BROADCAST, ALL_GATHER, REDUCE_SCATTER, GATHER, SCATTER, ALL_TO_ALL, SEND, RECV };
 enum dtype { F32, F64, BF16, F16, I8, U8, I16, I32, I64, BOOL };
 enum reduction { SUM, AVG, PRODUCT, MIN, MAX, BAND, BOR, BXOR };
-#define SLICE_S 0.1                           /* how long a wait stays away from Python, whose signals are handled there */
 enum { OK = 0, AGAIN = 1, FAILED = 2 };
 
 static const char *KINDS[] = {"barrier", "all_reduce", "reduce", "broadcast", "all_gather", "reduce_scatter",
@@ -77,7 +73,7 @@ typedef struct {                              /* a stream of messages from one r
     _Alignas(LINE) _Atomic uint64_t read;
 } Pipe;
 
-typedef struct Op {
+struct Op {
     uint32_t kind, dtype, reduction, root;
     uint64_t serial, bytes, most;             /* bytes: of one rank's tensor; most: of the largest piece */
     uint64_t first, k, phases, chunk;
@@ -89,7 +85,7 @@ typedef struct Op {
     int framed;
     _Atomic int done;
     struct Op *next;
-} Op;
+};
 
 typedef struct { int64_t tag; uint64_t bytes; char rest[48]; } Frame; /* a line, so that what follows begins on one */
 
@@ -97,7 +93,7 @@ typedef struct Kept { Frame frame; char *data; struct Kept *next; } Kept; /* a m
 
 typedef struct { int active; Frame frame; uint64_t got; Op *op; char *data; } Incoming; /* a message half read */
 
-typedef struct Context {
+struct Context {
     int rank, n, crowded;
     char *base, *heaps;
     uint64_t chunk, pipe, heap;
@@ -116,7 +112,7 @@ typedef struct Context {
     _Atomic int news, open, waiting, closing, asleep;
     pthread_t helper;
     _Atomic int helped;
-} Context;
+};
 
 /* ---- copies and reductions --------------------------------------------------------------------------------------- */
 
@@ -134,12 +130,6 @@ WIDE static void copy(void *to, const void *from, size_t bytes) {
     memcpy((char *)to + at, (const char *)from + at, bytes - at);
 }
 
-static inline float from_bf16(uint16_t h) { uint32_t u = (uint32_t)h << 16; float f; memcpy(&f, &u, 4); return f; }
-static inline uint16_t to_bf16(float f) {
-    uint32_t u; memcpy(&u, &f, 4);
-    uint16_t rounded = (uint16_t)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
-    return (u & 0x7fffffffu) > 0x7f800000u ? (uint16_t)((u >> 16) | 0x40u) : rounded;
-}
 static inline float from_f16(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000u) << 16, rest = h & 0x7fffu, u;
     float f;
@@ -992,13 +982,16 @@ Op *shm_begin(Context *c, uint64_t what, char *in, char *out, uint64_t bytes) {
     return o;
 }
 
-/* Start it and wait for it: NULL once it has ended, a handle to wait for when it takes longer than SLICE_S or when the
- * group has failed. */
-Op *shm_run(Context *c, uint64_t what, char *in, char *out, uint64_t bytes) {
-    Op *o = flat(c, what, in, out, bytes);
-    if (shm_wait(c, o, SLICE_S) == OK) { free(o); return NULL; }
-    wake_helper(c); /* whoever called may do something else before it waits again */
-    return o;
+/* The same without a helper, for whoever calls `shm_end` at once. */
+Op *shm_post(Context *c, uint64_t what, char *in, char *out, uint64_t bytes) { return flat(c, what, in, out, bytes); }
+
+/* Wait for what was posted. OK: it has ended, and the handle is gone. Else it is to be waited for and released: FAILED
+ * when the group has, AGAIN after `slice_s` seconds. */
+int shm_end(Context *c, Op *o, double slice_s) {
+    int outcome = shm_wait(c, o, slice_s);
+    if (outcome == OK) free(o);
+    else wake_helper(c); /* whoever called may do something else before it waits again */
+    return outcome;
 }
 
 /* Start a message of `bytes` to or from `peer` (-1: from anybody). */

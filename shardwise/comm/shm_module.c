@@ -7,12 +7,7 @@
 #include <Python.h>
 #include <stdint.h>
 
-typedef struct Context Context;
-typedef struct Op Op;
-Op *shm_begin(Context *c, uint64_t what, char *in, char *out, uint64_t bytes);
-Op *shm_run(Context *c, uint64_t what, char *in, char *out, uint64_t bytes);
-int shm_wait(Context *c, Op *o, double slice_s);
-void shm_release(Context *c, Op *o);
+#include "kernel.h"
 
 static int numbers(PyObject *const *given, Py_ssize_t n, Py_ssize_t wanted, uint64_t *found) {
     if (n != wanted) {
@@ -40,20 +35,27 @@ static PyObject *begin(PyObject *module, PyObject *const *given, Py_ssize_t n) {
     (void)module;
     return start(given, n, shm_begin);
 }
-static PyObject *run(PyObject *module, PyObject *const *given, Py_ssize_t n) {
+static PyObject *post(PyObject *module, PyObject *const *given, Py_ssize_t n) {
     (void)module;
-    return start(given, n, shm_run);
+    return start(given, n, shm_post);
 }
-static PyObject *wait_for(PyObject *module, PyObject *const *given, Py_ssize_t n) {
+static PyObject *wait_by(PyObject *const *given, Py_ssize_t n, int (*how)(Context *, Op *, double)) {
     uint64_t v[2];
     double slice_s = n == 3 ? PyFloat_AsDouble(given[2]) : 0;
     int outcome;
-    (void)module;
     if (!numbers(given, n - 1, 2, v)) return NULL;
     Py_BEGIN_ALLOW_THREADS
-    outcome = shm_wait((Context *)v[0], (Op *)v[1], slice_s);
+    outcome = how((Context *)v[0], (Op *)v[1], slice_s);
     Py_END_ALLOW_THREADS
     return PyLong_FromLong(outcome);
+}
+static PyObject *wait_for(PyObject *module, PyObject *const *given, Py_ssize_t n) {
+    (void)module;
+    return wait_by(given, n, shm_wait);
+}
+static PyObject *end(PyObject *module, PyObject *const *given, Py_ssize_t n) {
+    (void)module;
+    return wait_by(given, n, shm_end);
 }
 static PyObject *release(PyObject *module, PyObject *const *given, Py_ssize_t n) {
     uint64_t v[2];
@@ -67,7 +69,8 @@ static PyObject *release(PyObject *module, PyObject *const *given, Py_ssize_t n)
 
 static PyMethodDef methods[] = {
     {"shm_begin", (PyCFunction)(void (*)(void))begin, METH_FASTCALL, NULL},
-    {"shm_run", (PyCFunction)(void (*)(void))run, METH_FASTCALL, NULL},
+    {"shm_post", (PyCFunction)(void (*)(void))post, METH_FASTCALL, NULL},
+    {"shm_end", (PyCFunction)(void (*)(void))end, METH_FASTCALL, NULL},
     {"shm_wait", (PyCFunction)(void (*)(void))wait_for, METH_FASTCALL, NULL},
     {"shm_release", (PyCFunction)(void (*)(void))release, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from datetime import timedelta
@@ -10,14 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed.distributed_c10d as dist
 
-from shardwise.comm.shm_work import ShmWork
+from shardwise.comm.shm_work import SLICE_S, ShmWork
 from shardwise.errors import CommError
 
 if TYPE_CHECKING:
     from shardwise.comm.group import Group
 
 profiling = torch._C._autograd._profiler_enabled
-SLICE_S = 0.1  # how often a waiting caller looks whether its group was aborted; a finished operation wakes it at once
 
 
 class Tag(NamedTuple):
@@ -95,28 +95,27 @@ class GuardedWork(dist.Work):
 
     def _wait(self, timeout: timedelta) -> bool:
         limit = timeout.total_seconds() or self._group.timeout_s
-        began = time.monotonic()
-        if isinstance(self._inner, ShmWork) and self._ends_within(self._inner, min(limit, SLICE_S)):
-            return True
-        deadline = began + limit
+        deadline = time.monotonic() + limit
         while True:
-            slice_s = min(SLICE_S, max(1e-3, deadline - time.monotonic()))
-            try:
-                self._inner.wait(timedelta(seconds=slice_s))
+            if self._ends_within(min(SLICE_S, max(1e-3, deadline - time.monotonic()))):
                 return True
-            except RuntimeError:
-                if self._group.aborted:
-                    raise self._group.aborted_error(self._tag) from None
-                if self._inner.is_completed():
-                    return self._end()
+            if self._group.aborted:
+                raise self._group.aborted_error(self._tag)
+            if self._inner.is_completed():
+                return self._end()
             if time.monotonic() >= deadline:
                 raise self._group.timed_out(self._tag, limit)
 
-    def _ends_within(self, inner: ShmWork, seconds: float) -> bool:
-        if not profiling():
-            return inner.ends_within(seconds)
-        with section("shm", self._tag.op, " wait"):
-            return inner.ends_within(seconds)
+    def _ends_within(self, seconds: float) -> bool:
+        """Block at most so long; whether the operation has ended well."""
+        if isinstance(self._inner, ShmWork):
+            with section("shm", self._tag.op, " wait") if profiling() else contextlib.nullcontext():
+                return self._inner.ends_within(seconds)
+        try:
+            self._inner.wait(timedelta(seconds=seconds))
+        except RuntimeError:
+            return False
+        return True
 
     def _end(self) -> bool:
         """Of an operation that has ended: it may have done so, and well, just after a slice of the wait ran out."""

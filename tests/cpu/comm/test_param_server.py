@@ -372,7 +372,7 @@ def stuck(rank: Rank) -> tuple[float, str]:
     )
     served.pull()
     if rank.rank == 1:
-        time.sleep(2.5)
+        time.sleep(4)
         return 0.0, ""
     began = time.monotonic()
     served.push()

@@ -23,7 +23,7 @@ def without(rank: Rank, lacks: str, transport: str) -> tuple[str, float] | str:
 
     os.environ["SHARDWISE_TRANSPORT"] = transport
     if lacks == "kernel" and rank.rank == 1:
-        shm_connect.kernel = refuse
+        shm_connect.loadable = lambda: False
     elif lacks == "file" and rank.rank == 0:
         shm_connect.os = SimpleNamespace(**{**vars(os), "memfd_create": refuse})  # type: ignore[assignment]
     elif lacks == "mapping" and rank.rank == 2:
