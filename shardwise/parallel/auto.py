@@ -17,7 +17,7 @@ from shardwise.comm.group import Group
 from shardwise.comm.mesh import Mesh
 from shardwise.parallel.alone import Alone
 from shardwise.parallel.loss_band import LossBand
-from shardwise.parallel.moments import has_moments
+from shardwise.parallel.moments import groups_with_moments
 from shardwise.parallel.reducer import Named, Reducer
 from shardwise.parallel.synchronise import Kept, KeptByAll, Optimizers, StepTimes, Synchroniser
 from shardwise.plan.auto_sync import Measured, choose
@@ -68,7 +68,7 @@ class AutoSync(Synchroniser):
         return self._inner.own_totals
 
     def finish_step(self, optimizers: Optimizers, *, skipped: bool) -> float:
-        self._moments = has_moments(optimizers)
+        self._moments = bool(groups_with_moments(optimizers))
         return self._inner.finish_step(optimizers, skipped=skipped)
 
     def observe(self, times: StepTimes, loss: float) -> None:

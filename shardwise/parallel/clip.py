@@ -56,9 +56,10 @@ def norm_of(tensors: Sequence[Tensor]) -> float:
     """The 2-norm over all elements: each tensor's in float32 (float64 where it is), together in float64."""
     if not tensors:
         return 0.0
+    wide = [t for t in tensors if t.dtype == torch.float64]
+    rest = [t for t in tensors if t.dtype != torch.float64]
     parts: list[float] = []
-    for kind in (torch.float64, torch.float32):
-        chosen = [t for t in tensors if (t.dtype == torch.float64) == (kind == torch.float64)]
+    for chosen, kind in ((wide, torch.float64), (rest, torch.float32)):
         if chosen:
             parts += torch.stack(list(torch._foreach_norm(chosen, dtype=kind))).tolist()
     return math.sqrt(sum(part * part for part in parts))

@@ -20,7 +20,7 @@ from shardwise.comm.group import Group
 from shardwise.comm.mesh import Axis
 from shardwise.parallel.alone import Alone
 from shardwise.parallel.fragments import Fragment, cut_evenly
-from shardwise.parallel.moments import bounded_moments
+from shardwise.parallel.moments import bounded_moments, refuse_without_moments
 from shardwise.parallel.reducer import Named, Reducer
 from shardwise.parallel.synchronise import Kept, KeptByAll, Optimizers, Synchroniser
 from shardwise.spec.sync import Sync
@@ -31,7 +31,7 @@ class LocalUpdates(Synchroniser):
 
     The first `sync.start` steps are exact. A fragment that meets is sent as the difference from where all were the last
     time, as `codec` rounds it, and arrives `sync.overlap` steps later, when it moves the replica by as much as it
-    would have at once.
+    would have at once. While replicas step on their own, `sync.beta1` and `sync.beta2` bound Adam's betas.
     """
 
     def __init__(self, named: Callable[[], Named], axis: Axis, sync: Sync, codec: Codec | None = None) -> None:
@@ -62,6 +62,10 @@ class LocalUpdates(Synchroniser):
             if exact:
                 self._meet()
             (self._reducer.reopen if exact else self._reducer.close)()
+
+    def start_step(self, optimizers: Optimizers) -> bool:
+        refuse_without_moments(optimizers, self._sync)
+        return super().start_step(optimizers)
 
     def finish_step(self, optimizers: Optimizers, *, skipped: bool) -> float:
         with bounded_moments(optimizers, *self._betas()):

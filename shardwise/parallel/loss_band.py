@@ -13,9 +13,10 @@ RISE = 1.05  # of the best window's mean
 class LossBand:
     """Fed with each step's loss; asked, with the loss of an exact step, whether training has left the band.
 
-    It has where that loss is not finite, is more than DEVIATIONS standard deviations above the mean of the last WINDOW
-    steps (agreed parameters that are worse than each replica's own), or where that mean is RISE times the best so far
-    and also DEVIATIONS standard errors of the difference of two means above it: the best of many noisy means is low.
+    It has where that loss is not finite, is more than DEVIATIONS standard deviations above the mean of the last
+    WINDOW steps (agreed parameters that are worse than each replica's own), or where that mean is more than
+    DEVIATIONS standard errors of the difference of two means above RISE times the best so far (the best of many
+    noisy means is low).
     """
 
     def __init__(self) -> None:

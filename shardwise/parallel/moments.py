@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from shardwise.errors import SpecError
 from shardwise.parallel.synchronise import Optimizers
+from shardwise.spec.sync import Sync
 
 
-def has_moments(optimizers: Optimizers) -> bool:
-    """Whether any of them has Adam's `betas`."""
-    return any("betas" in group for optimizer in optimizers for group in optimizer.param_groups)
+def groups_with_moments(optimizers: Optimizers) -> list[dict[str, Any]]:
+    """The parameter groups that have Adam's two `betas`."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    return [group for group in groups if len(group.get("betas", ())) == 2]
+
+
+def refuse_without_moments(optimizers: Optimizers, sync: Sync) -> None:
+    """Raises SpecError where `sync` bounds betas that no optimizer has."""
+    if (sync.beta1 or sync.beta2) and not groups_with_moments(optimizers):
+        raise SpecError("sync.beta1 and sync.beta2 belong to optimizers with Adam's two betas, and the job has none.")
 
 
 @contextlib.contextmanager
@@ -21,16 +30,8 @@ def bounded_moments(optimizers: Optimizers, beta1: float, beta2: float) -> Itera
     What a replica's first moment remembers from before the last meeting is mostly its own noise, and its gradients have
     fewer samples than those of all ranks, so that the second moment needs more of them (Malladi et al. 2022, section
     4).
-    Raises SpecError where there is a bound but no optimizer with `betas`.
     """
-    if not beta1 and not beta2:
-        yield
-        return
-    if not has_moments(optimizers):
-        raise SpecError(
-            "sync.beta1 and sync.beta2 belong to optimizers with Adam's betas, and the job has none. Leave them out."
-        )
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups if "betas" in group]
+    groups = groups_with_moments(optimizers) if beta1 or beta2 else []
     own = [group["betas"] for group in groups]
     for group, (first, second) in zip(groups, own, strict=True):
         group["betas"] = (min(first, beta1) if beta1 else first, max(second, beta2))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from shardwise.plan.buckets import Seconds, choose_bucket_bytes, exposed_s, ring_seconds
 from shardwise.spec.cluster import TRANSPORTS, Cluster
 from shardwise.spec.collective_cost import Topology, as_path, through
@@ -69,10 +71,9 @@ def _through_nodes(cluster: Cluster, ranks: int) -> Seconds:
     """Of `ranks` ranks that fill node after node."""
     places = [index for index, node in enumerate(cluster.nodes) for _ in node.devices]
     used = [places[rank % len(places)] for rank in range(ranks)]
-    inside = max((node.link for node in cluster.nodes), key=lambda link: 1 / link.bandwidth)
-    topology = Topology(
-        tuple(used.count(index) for index in sorted(set(used))), as_path(inside), (as_path(cluster.between),)
-    )
+    counts = Counter(used)
+    inside = min((cluster.nodes[index].link for index in counts), key=lambda link: link.bandwidth)
+    topology = Topology(tuple(counts[index] for index in sorted(counts)), as_path(inside), (as_path(cluster.between),))
     return lambda nbytes: through("all_reduce", nbytes, topology).seconds
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from shardwise.errors import SpecError
-from shardwise.parallel.moments import bounded_moments
+from shardwise.parallel.moments import bounded_moments, groups_with_moments
 from shardwise.parallel.parallelize import parallelize
 from shardwise.parallel.step import step
 from shardwise.parallel.synchronise import KeptByAll
@@ -128,10 +128,23 @@ def test_adams_moments_are_bounded_while_replicas_are_apart(bounds: Betas, own: 
                 assert mine == pytest.approx(theirs, abs=1e-9), (s, rank)
 
 
-def test_bounds_of_moments_that_no_optimizer_has_are_refused() -> None:
+def refused(rank: Rank) -> str:
+    """In the first step, although it is exact."""
+    with pytest.raises(SpecError) as caught:
+        train(rank, Sync(word="local", method="post_local", start=5, every=2, beta1=0.8), steps=1)
+    return str(caught.value)
+
+
+def test_bounds_of_moments_that_no_optimizer_has_are_refused_at_once() -> None:
+    assert all("the job has none" in text for text in run_ranks(2, refused))
+
+
+def test_three_betas_are_not_adams() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-    with pytest.raises(SpecError, match="the job has none"), bounded_moments([optimizer], 0.8, 0.0):
-        pass
+    optimizer.param_groups[0]["betas"] = (0.9, 0.99, 0.999)
+    assert not groups_with_moments([optimizer])
+    with bounded_moments([optimizer], 0.8, 0.995):
+        assert optimizer.param_groups[0]["betas"] == (0.9, 0.99, 0.999)
 
 
 def exact_start(rank: Rank, sync: Sync) -> Any:
