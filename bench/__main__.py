@@ -53,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bench {parsed.name} was interrupted; its systems are ended.", file=sys.stderr)
         return 130
     print(table(rows))
-    if parsed.json:
+    if parsed.json and all("missing" in row for row in rows):
+        print(f"Nothing was measured; {parsed.json} is left as it is.", file=sys.stderr)
+    elif parsed.json:
         others = other_cases(parsed.json, rows, about) if options.cases else []
         write(parsed.json, result(parsed.name, about, [*others, *rows], quick=parsed.quick))
     return 0

@@ -22,7 +22,7 @@ ENOUGH = 10  # times the steps of a case: there is also timing
 
 @dataclass(frozen=True, kw_only=True)
 class SlowCase(Case):
-    """About a million parameters and 160 tokens a rank and step: a core computes for 23 ms, DDP then sends 4 MB.
+    """About a million parameters and 160 tokens a rank and step: a core computes for 23 to 28 ms, DDP then sends 4 MB.
 
     `settings` are the system's own: a plan, a hook, its rank. The learning rate warms up and falls along a cosine over
     `steps`. `folder` also holds `held_out.npy`, uint16 [HELD_OUT, context + 1].

@@ -1,7 +1,8 @@
 """Tokens a second and seconds to the same held-out loss over links that are too slow, against DDP and its hooks.
 
-Losses do not depend on the link, so each system is trained once for each seed over a wire that nothing limits; its step
-is then timed over every other. Only a system that looks at the link before it chooses is trained over each.
+Losses do not depend on the link, so each system is trained once (DDP for each seed) over a wire that nothing limits;
+its step is then timed over every other. Only a system that looks at the link before it chooses is trained over each,
+with each seed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from bench import multipath
 from bench.curves import Curve
 from bench.netns import Link, Wire, unavailable
 from bench.options import Options, say
@@ -24,7 +26,7 @@ from bench.slow_train import Player, learn, subject
 from bench.subject import close_all
 
 WIRES = (Wire(10), Wire(100), Wire(1000), Wire(), Wire(100, 10), Wire(10, 10))
-SEEDS = (1, 2)  # of the mode that is picked, and of what it is compared with; others are trained once
+SEEDS = (1, 2)  # of the mode that is picked, and of DDP, whose loss it is compared with; others are trained once
 ROUNDS, FEW_ROUNDS, QUICK_ROUNDS = 12, 5, 3
 FEW_BELOW_MBIT = 1000  # slower than this no target is a matter of a few per cent, and a round takes long
 QUICK_STEPS = 60
@@ -43,10 +45,10 @@ def run(options: Options) -> list[Row]:
         wires = [wire for wire in wires if wire == Wire(100)]
     absent = {name: why for name in names if (why := SYSTEMS[name].absent())}
     here = [name for name in names if name not in absent]
+    rows: list[Row] = [] if options.only else multipath.rows(options)
     if why := unavailable():
         say(f"slow_link is skipped: {why}")
-        return [_missing(wire, name, why) for wire in wires for name in names]
-    rows: list[Row] = []
+        return [_missing(wire, name, why) for wire in wires for name in names] + rows
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         cases = _cases(Path(folder), options)
         alike = [name for name in here if not SYSTEMS[name].adapts and (name != LIMIT or not options.quick)]

@@ -33,7 +33,7 @@ class System:
     adapts: bool = False
 
     def briefly(self) -> System:
-        """The same with its own way from the third step on, which is all that is timed."""
+        """The same with its own way after three steps, which is all that is timed."""
         if "start" not in self.settings:
             return self
         return replace(self, settings=self.settings | {"start": SOON}, start=SOON)
