@@ -2,8 +2,10 @@
  * shm.py maps the segment, calls these functions (shm_module.c) and keeps the tensors alive.
  *
  * Every rank has a counter of phases. In a phase a rank waits until the others have ended the one before, writes a chunk
- * into a slot of its own, reads what they wrote in the phase before, and raises its counter. All ranks run the same
- * phases in the same order, so one number says everything: whoever has raised its counter twice since has read the slot.
+ * into memory of its own, reads what they wrote in the phase before, and raises its counter. All ranks run the same
+ * phases in the same order, so one number says everything: whoever has raised its counter twice since has read the chunk.
+ * Chunks follow each other round a ring, which all ranks go round alike: to write a line anew that still lies in another
+ * core's second-level cache takes several times as long as one that has gone from there.
  * Nothing blocks inside an operation: `advance` goes as far as the others let it and is called again, by the thread that
  * waits for the result or by a helper thread when nobody does. */
 
@@ -34,11 +36,11 @@
 #define RELAX() ((void)0)
 #endif
 
-enum { LINE = 64, SLOTS = 2, HEADER = 128, BLOCK = 1024, WHY = 960 };
+enum { LINE = 64, SLOTS = 2, HEADER = 128, NEAR = 2048, RING = 3, BLOCK = 1024, WHY = 960 }; /* RING: in chunks */
 enum { SMALL = 1 << 15, SMALL_OF_TWO = 1 << 18 }; /* bytes up to which every rank reads every other's chunk */
 enum { COPIED = 1 << 18, STEP = 1 << 16 };    /* bytes of a chunk that is only copied, of a step of a message */
 enum { STRIDE = 512 };                        /* bytes after which a large all-reduce goes over to its next stream */
-enum { SPIN_NS = 200000, TURNS = 16, YIELD_NS = 100000, NAP_NS = 5000000, HELP_AFTER_NS = 1000000, LINGER = 20 };
+enum { SPIN_NS = 1000000, TURNS = 16, YIELD_NS = 100000, NAP_NS = 5000000, HELP_AFTER_NS = 1000000, LINGER = 20 };
 enum kind { BARRIER, ALL_REDUCE, REDUCE, BROADCAST, ALL_GATHER, REDUCE_SCATTER, GATHER, SCATTER, ALL_TO_ALL, SEND, RECV };
 enum dtype { F32, F64, BF16, F16, I8, U8, I16, I32, I64, BOOL };
 enum reduction { SUM, AVG, PRODUCT, MIN, MAX, BAND, BOR, BXOR };
@@ -106,7 +108,7 @@ struct Context {
     Op **sends, *receives;                    /* messages, by order of posting */
     Incoming *incoming;
     Kept **kept;
-    uint64_t phase, serial;
+    uint64_t phase, serial, at[SLOTS], ring;  /* at: where every rank has its data of the last phases, from its slots on */
     int messages;                             /* whether there ever were any */
     int rooted;                               /* the last operation was not compared with all ranks */
     _Atomic int news, open, waiting, closing, asleep;
@@ -215,19 +217,18 @@ static uint64_t smaller(uint64_t a, uint64_t b) { return a < b ? a : b; }
 static uint64_t pieces(uint64_t bytes, uint64_t chunk) { return bytes ? (bytes + chunk - 1) / chunk : 1; }
 
 static uint64_t slots_at(int n) { return sizeof(Head) + (uint64_t)n * sizeof(Line); }
-static uint64_t pipes_at(int n, uint64_t chunk) { return slots_at(n) + (uint64_t)n * SLOTS * (HEADER + chunk); }
+static uint64_t room(uint64_t chunk) { return SLOTS * (HEADER + NEAR) + RING * chunk; } /* of one rank */
+static uint64_t pipes_at(int n, uint64_t chunk) { return slots_at(n) + (uint64_t)n * room(chunk); }
 
-/* Bytes of the segment before the heaps: head, counters, slots, pipes. `chunk` and `pipe` are multiples of 64. */
+/* Bytes of the segment before the heaps: head, counters, slots and rings, pipes. `chunk` and `pipe` are multiples of 64. */
 uint64_t shm_fixed(int n, uint64_t chunk, uint64_t pipe) {
     uint64_t end = pipes_at(n, chunk) + (uint64_t)n * n * (sizeof(Pipe) + pipe);
     return (end + 65535) / 65536 * 65536; /* the largest page there is */
 }
 
-static char *slot(Context *c, int rank, uint64_t phase) {
-    return c->base + slots_at(c->n) + ((uint64_t)rank * SLOTS + phase % SLOTS) * (HEADER + c->chunk);
-}
-static Said *said(Context *c, int rank, uint64_t phase) { return (Said *)slot(c, rank, phase); }
-static char *data(Context *c, int rank, uint64_t phase) { return slot(c, rank, phase) + HEADER; }
+static char *slots(Context *c, int rank) { return c->base + slots_at(c->n) + (uint64_t)rank * room(c->chunk); }
+static Said *said(Context *c, int rank, uint64_t phase) { return (Said *)(slots(c, rank) + phase % SLOTS * (HEADER + NEAR)); }
+static char *data(Context *c, int rank, uint64_t phase) { return slots(c, rank) + c->at[phase % SLOTS]; }
 static Pipe *pipe_of(Context *c, int from, int to) {
     return (Pipe *)(c->base + pipes_at(c->n, c->chunk) + ((uint64_t)from * c->n + to) * (sizeof(Pipe) + c->pipe));
 }
@@ -384,7 +385,7 @@ static void begin(Context *c, Op *o) {
     case REDUCE: case BROADCAST: case GATHER: o->phases = pieces(o->bytes, o->chunk); return;
     case ALL_GATHER: o->phases = pieces(o->most, o->chunk); return;
     case REDUCE_SCATTER: case SCATTER:
-        o->chunk = smaller(cut, COPIED);
+        o->chunk = smaller(smaller(cut, COPIED), rounded(o->bytes));
         o->phases = pieces(o->bytes, o->chunk);
         return;
     case ALL_TO_ALL: o->chunk = smaller((c->chunk - sizes(c)) / c->n / LINE * LINE, COPIED); return; /* `learn` */
@@ -398,7 +399,7 @@ static int64_t placed(Context *c, Op *o) { /* where the tensor of a large all-re
 
 /* A large all-reduce: of each chunk every rank sums one piece and the others copy it. Three chunks are under way: in
  * phase k a rank writes its part of the others' pieces of chunk k, sums its own piece of chunk k - 1, and copies the
- * others' sums of chunk k - 2; by turns, so that none of them waits for memory alone. In a rank's slot its own piece
+ * others' sums of chunk k - 2; by turns, so that none of them waits for memory alone. In a rank's chunk its own piece
  * has the place that nothing else needs. */
 typedef struct { uint64_t from, bytes; } Piece;
 static Piece piece(Context *c, Op *o, uint64_t k, int r) {
@@ -443,6 +444,27 @@ static void reduce_shared(Context *c, Op *o, uint64_t phase) {
             if (r != c->rank) copy(all[r], all[c->rank], n);
         for (int r = 0; r < c->n; r++) all[r] += n;
     }
+}
+
+/* Bytes that a rank writes at most in phase k of `o`, the same for all ranks. */
+static uint64_t written(Context *c, Op *o) {
+    switch (o->kind) {
+    case BARRIER: return 0;
+    case ALL_REDUCE: return o->split ? o->chunk : part(o, o->bytes, o->k);
+    case ALL_GATHER: return part(o, o->most, o->k);
+    case REDUCE_SCATTER: case SCATTER: return c->n * o->chunk;
+    case ALL_TO_ALL: return sizes(c) + c->n * o->chunk;
+    default: return part(o, o->bytes, o->k);
+    }
+}
+/* The next place, which never overlaps that of the phase before, as others may still read there. What is small lies
+ * beside what is said of it. */
+static void place(Context *c, Op *o, uint64_t phase) {
+    uint64_t bytes = written(c, o), *at = &c->at[phase % SLOTS];
+    if (bytes <= NEAR) { *at = phase % SLOTS * (HEADER + NEAR) + HEADER; return; }
+    if (c->ring + bytes > RING * c->chunk) c->ring = 0;
+    *at = SLOTS * (HEADER + NEAR) + c->ring;
+    c->ring += rounded(bytes);
 }
 
 static void put(Context *c, Op *o, uint64_t phase) {
@@ -611,6 +633,7 @@ static int advance(Context *c, Op *o) {
             learn(c, o, phase - 1);
             last = o->k == o->phases;
         }
+        if (!last) place(c, o, phase);
         if (!last || o->split) put(c, o, phase);
         if (o->k) get(c, o, o->k - 1, phase - 1);
         if (last) break;
