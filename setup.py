@@ -8,7 +8,7 @@ KERNEL = Extension(
     "shardwise.comm._shm",
     ["shardwise/comm/shm_kernel.c", "shardwise/comm/shm_module.c", "shardwise/comm/codec_kernel.c"],
     depends=["shardwise/comm/kernel.h"],
-    extra_compile_args=["-O3", "-fwrapv", "-fno-tree-loop-distribute-patterns", "-pthread"],
+    extra_compile_args=["-O3", "-fwrapv", "-fno-tree-loop-distribute-patterns", "-ffp-contract=off", "-pthread"],
     extra_link_args=["-pthread"],
     optional=True,
 )

@@ -65,8 +65,8 @@ AUTO = 25  # exact steps before `sync=auto` chooses
 ALLOWED = ("compressed", "local")
 BASE, LIMIT, PICKED = "ddp", "unsynchronised", "shardwise:auto"
 MEETING = 250  # steps of hivemind between two averages: twice as long as its peers look for each other
-TURNS = (  # four quarters of the parameters take turns, one a step, in 4 bits
-    "sync.every=4,sync.bits=4,sync.overlap=1,sync.fragments=4,sync.outer_lr=1,sync.outer_momentum=0,"
+TURNS = (  # the halves of the parameters take turns, one every second step, in 2 bits
+    "sync.every=4,sync.bits=2,sync.overlap=1,sync.fragments=2,sync.outer_lr=1,sync.outer_momentum=0,"
     "sync.beta1=0.8,sync.beta2=0.99"
 )
 QUICK = ("shardwise", BASE, LIMIT)

@@ -66,29 +66,29 @@ class Blockwise:
         assert bits in (2, 4, 8), bits
         assert block % 64 == 0, block
         assert block <= LONGEST, block
-        self._bits = bits
-        self._block = block
-        self._divisor = OUTLIER if bits == 2 else float(2 ** (bits - 1) - 1)
-        self._weight = TERNARY / block if bits == 2 else 0.0
-        self._compiled = compiled
+        self.bits = bits
+        self.block = block
+        self.divisor = OUTLIER if bits == 2 else float(2 ** (bits - 1) - 1)
+        self.weight = TERNARY / block if bits == 2 else 0.0
+        self._compiled = compiled and loadable()
 
     def payload_bytes(self, numel: int) -> int:
-        blocks = -(-numel // self._block)
-        return blocks * self._block * self._bits // 8 + aligned(2 * blocks)
+        blocks = -(-numel // self.block)
+        return blocks * self.block * self.bits // 8 + aligned(2 * blocks)
 
     def encode(self, values: Tensor, out: Tensor) -> None:
         codes, scales = self._sections(values.numel(), out)
         if run := self._kernel(values):
             where = values.data_ptr(), codes.data_ptr(), scales.data_ptr(), values.numel()
-            run.codec_encode(*where, self._block, self._bits, self._weight, self._divisor)
+            run.codec_encode(*where, self.block, self.bits, self.weight, self.divisor)
             return
-        whole = values.numel() // self._block
-        rows, rest = values[: whole * self._block].view(-1, self._block), values[whole * self._block :]
-        for at in range(0, whole, step := CHUNK // self._block):
+        whole = values.numel() // self.block
+        rows, rest = values[: whole * self.block].view(-1, self.block), values[whole * self.block :]
+        for at in range(0, whole, step := CHUNK // self.block):
             end = min(whole, at + step)
             self._encode(rows[at:end], codes[at:end], scales[at:end])
         if rest.numel():
-            padded = values.new_zeros(1, self._block)
+            padded = values.new_zeros(1, self.block)
             padded[0, : rest.numel()] = rest
             self._encode(padded, codes[whole:], scales[whole:])
 
@@ -96,57 +96,61 @@ class Blockwise:
         codes, scales = self._sections(out.numel(), payload)
         if run := self._kernel(out):
             where = codes.data_ptr(), scales.data_ptr(), out.data_ptr(), out.numel()
-            run.codec_decode(*where, self._block, self._bits)
+            run.codec_decode(*where, self.block, self.bits)
             return
-        whole = out.numel() // self._block
-        rows, rest = out[: whole * self._block].view(-1, self._block), out[whole * self._block :]
+        whole = out.numel() // self.block
+        rows, rest = out[: whole * self.block].view(-1, self.block), out[whole * self.block :]
         self._decode(codes[:whole], scales[:whole], rows)
         if rest.numel():
-            padded = out.new_empty(1, self._block)
+            padded = out.new_empty(1, self.block)
             self._decode(codes[whole:], scales[whole:], padded)
             rest.copy_(padded[0, : rest.numel()])
 
     def _sections(self, numel: int, payload: Tensor) -> tuple[Tensor, Tensor]:
         """int8 [blocks, bytes of a block] and bfloat16 [blocks, 1] inside the payload."""
-        blocks = -(-numel // self._block)
-        cut = blocks * self._block * self._bits // 8
-        codes = payload[:cut].view(torch.int8).view(blocks, self._block * self._bits // 8)
+        blocks = -(-numel // self.block)
+        cut = blocks * self.block * self.bits // 8
+        codes = payload[:cut].view(torch.int8).view(blocks, self.block * self.bits // 8)
         return codes, payload[cut:].view(torch.bfloat16)[:blocks].view(blocks, 1)
 
     def _encode(self, rows: Tensor, codes: Tensor, scales: Tensor) -> None:
         scales.copy_(self._scale(rows).clamp_(min=TINY))
         steps = torch.mul(rows, scales.float().reciprocal_()).round_()
-        if self._bits == 8:
+        if self.bits == 8:
             codes.copy_(steps)
             return
-        if self._bits == 2:
+        if self.bits == 2:
             steps.clamp_(-1, 1)
         # The halves or quarters of a block share its bytes: all are read and written in runs.
-        parts = steps.to(torch.int8).chunk(8 // self._bits, dim=1)
-        torch.bitwise_left_shift(parts[-1], 8 - self._bits, out=codes)
+        parts = steps.to(torch.int8).chunk(8 // self.bits, dim=1)
+        torch.bitwise_left_shift(parts[-1], 8 - self.bits, out=codes)
         for place, part in enumerate(parts[:-1]):
-            codes.bitwise_or_(part.bitwise_and_(2**self._bits - 1).bitwise_left_shift_(place * self._bits))
+            codes.bitwise_or_(part.bitwise_and_(2**self.bits - 1).bitwise_left_shift_(place * self.bits))
 
     def _scale(self, rows: Tensor) -> Tensor:
         """What the integer 1 stands for in each row, [rows, 1]."""
-        largest = torch.maximum(rows.amax(1, keepdim=True), rows.amin(1, keepdim=True).neg_()).div_(self._divisor)
-        if not self._weight:
+        largest = torch.maximum(rows.amax(1, keepdim=True), rows.amin(1, keepdim=True).neg_()).div_(self.divisor)
+        if not self.weight:
             return largest
-        mean = rows.abs() @ rows.new_full((self._block, 1), self._weight)  # finite, unlike a sum of all
+        mean = rows.abs() @ rows.new_full((self.block, 1), self.weight)  # finite, unlike a sum of all
         return torch.maximum(largest, mean)
+
+    def compiled_for(self, values: Tensor) -> bool:
+        """Whether the compiled kernel takes such a tensor."""
+        return self._compiled and values.is_cpu
 
     def _kernel(self, values: Tensor) -> Any:
         """The compiled kernel's functions, or None where torch has to do."""
-        return kernel() if self._compiled and values.is_cpu and loadable() else None
+        return kernel() if self.compiled_for(values) else None
 
     def _decode(self, codes: Tensor, scales: Tensor, rows: Tensor) -> None:
-        if self._bits == 8:
+        if self.bits == 8:
             torch.mul(codes, scales.float(), out=rows)
             return
         signed = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
-        for place, part in enumerate(signed.chunk(8 // self._bits, dim=1)):
-            torch.bitwise_left_shift(codes, 8 - (place + 1) * self._bits, out=part)
-        torch.mul(signed.bitwise_right_shift_(8 - self._bits), scales.float(), out=rows)
+        for place, part in enumerate(signed.chunk(8 // self.bits, dim=1)):
+            torch.bitwise_left_shift(codes, 8 - (place + 1) * self.bits, out=part)
+        torch.mul(signed.bitwise_right_shift_(8 - self.bits), scales.float(), out=rows)
 
 
 def aligned(nbytes: int) -> int:

@@ -1,5 +1,6 @@
-/* Blocks of float32 as integers of 8, 4 or 2 bits with a bfloat16 scale each, laid out as codec.py says: one pass over
- * what a training step has long driven out of the caches, where torch needs ten. No torch and no Python in it. */
+/* Blocks of float32 as integers of 8, 4 or 2 bits with a bfloat16 scale each, laid out as codec.py says, and what replicas
+ * do with them (one_pass.py): one pass over what a training step has long driven out of the caches, where torch needs ten.
+ * No torch and no Python in it. */
 
 #include <stdint.h>
 #include <string.h>
@@ -76,4 +77,64 @@ WIDE void codec_decode(const int8_t *codes, const uint16_t *scales, float *out, 
     float padded[LONGEST];
     decode_block(codes + whole * bytes, from_bf16(scales[whole]), padded, block, bits);
     memcpy(out + whole * block, padded, rest * sizeof *out);
+}
+
+/* ---- replicas that meet ------------------------------------------------------------------------------------------ */
+
+/* Tensors that lie apart, read and written as if they followed each other. */
+typedef struct { float *const *parts; const uint64_t *sizes; uint64_t part, at; } Walk;
+static inline uint64_t stretch(Walk *w, uint64_t most) { /* how many of the next values lie together */
+    while (w->at == w->sizes[w->part]) { w->part++; w->at = 0; }
+    uint64_t left = w->sizes[w->part] - w->at;
+    return left < most ? left : most;
+}
+
+/* Code how far `parts` (`numel` values together) are from `meeting`. */
+WIDE void replica_tell(float *const *parts, const uint64_t *sizes, const float *meeting, int8_t *codes, uint16_t *scales,
+                       uint64_t numel, uint64_t block, int bits, float weight, float divisor) {
+    uint64_t bytes = block * bits / 8;
+    Walk w = {parts, sizes, 0, 0};
+    for (uint64_t from = 0; from < numel; from += block, codes += bytes, scales++) {
+        uint64_t n = numel - from < block ? numel - from : block, m;
+        float away[LONGEST] = {0};
+        for (uint64_t at = 0; at < n; at += m, w.at += m) {
+            m = stretch(&w, n - at);
+            const float *here = parts[w.part] + w.at, *there = meeting + from + at;
+            for (uint64_t i = 0; i < m; i++) away[at + i] = there[i] - here[i];
+        }
+        encode_block(away, codes, scales, block, bits, weight, divisor);
+    }
+}
+
+/* What `ranks` replicas told, `payload` bytes each with the scales from `scales_at` on: `meeting` moves by their mean (an
+ * outer step of `rate` and Nesterov `momentum`, if there is `velocity`), and the mean takes the place in `parts` of what
+ * this replica told. */
+WIDE void replica_follow(float *const *parts, const uint64_t *sizes, float *meeting, float *velocity, const char *received,
+                         uint64_t payload, uint64_t scales_at, int rank, int ranks, uint64_t numel, uint64_t block,
+                         int bits, float rate, float momentum) {
+    uint64_t bytes = block * bits / 8;
+    Walk w = {parts, sizes, 0, 0};
+    for (uint64_t from = 0, b = 0; from < numel; from += block, b++) {
+        uint64_t n = numel - from < block ? numel - from : block, m;
+        float told[LONGEST], one[LONGEST], moved[LONGEST] = {0};
+        for (int r = 0; r < ranks; r++) {
+            const char *said = received + r * payload;
+            float *to = r == rank ? told : one;
+            decode_block((const int8_t *)said + b * bytes, from_bf16(((const uint16_t *)(said + scales_at))[b]), to, block, bits);
+            for (uint64_t i = 0; i < block; i++) moved[i] = r ? moved[i] + to[i] : to[i];
+        }
+        for (uint64_t i = 0; i < block; i++) moved[i] /= (float)ranks;
+        if (velocity)
+            for (uint64_t i = 0; i < n; i++) {
+                float v = velocity[from + i] = velocity[from + i] * momentum + moved[i];
+                moved[i] += momentum * v;
+            }
+        if (rate != 1.0f) for (uint64_t i = 0; i < block; i++) moved[i] *= rate;
+        for (uint64_t i = 0; i < n; i++) meeting[from + i] -= moved[i];
+        for (uint64_t at = 0; at < n; at += m, w.at += m) {
+            m = stretch(&w, n - at);
+            float *here = parts[w.part] + w.at;
+            for (uint64_t i = 0; i < m; i++) here[i] += told[at + i] - moved[at + i];
+        }
+    }
 }

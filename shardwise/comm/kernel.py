@@ -68,6 +68,15 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "shm_reduce": (None, [c_void_p, c_void_p, c_int, c_uint64, c_int, c_int]),
     "codec_encode": (None, [c_void_p, c_void_p, c_void_p, c_uint64, c_uint64, c_int, c_float, c_float]),
     "codec_decode": (None, [c_void_p, c_void_p, c_void_p, c_uint64, c_uint64, c_int]),
+    "replica_tell": (
+        None,
+        [c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_uint64, c_uint64, c_int, c_float, c_float],
+    ),
+    "replica_follow": (
+        None,
+        [c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_uint64, c_uint64, c_int, c_int]
+        + [c_uint64, c_uint64, c_int, c_float, c_float],
+    ),
 }
 
 

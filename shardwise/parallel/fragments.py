@@ -12,13 +12,15 @@ from torch.distributed import Work
 
 from shardwise.comm.codec import Codec
 from shardwise.comm.group import Group
+from shardwise.comm.one_pass import one_pass
 from shardwise.parallel.reducer import Named
 
 
 class _Sent(NamedTuple):
-    """On its way: what the replica told of its distance from the meeting point, and what all tell."""
+    """On its way: what the replica told of its distance from the meeting point (None: the kernel reads it from what all
+    tell), and what all tell."""
 
-    told: Tensor
+    told: Tensor | None
     received: Tensor
     work: Work
 
@@ -38,6 +40,7 @@ class Fragment:
         self._rate = rate
         self._momentum = momentum
         self._codec = codec
+        self._kernel = one_pass(codec, self.parameters)
         wide = self._codec is None and any(p.dtype == torch.float64 for p in self.parameters)
         self._dtype = torch.float64 if wide else torch.float32
         self._sizes = [p.numel() for p in self.parameters]
@@ -53,19 +56,33 @@ class Fragment:
     def send(self) -> None:
         """Start to tell the others how far this replica is from the meeting point."""
         self.arrive()
+        self._sent = self._sum() if self._codec is None else self._exchange(self._codec)
+
+    def _sum(self) -> _Sent:
+        told = self._away()
+        received = self._buffer("mean").copy_(told)
+        return _Sent(told, received, self._group.all_reduce(received, dist.ReduceOp.AVG))
+
+    def _exchange(self, codec: Codec) -> _Sent:
+        size = codec.payload_bytes(self.meeting.numel())
+        mine = self._buffer("mine", size, torch.uint8)
+        told = self._told(codec, mine)
+        received = self._buffer("received", self._group.size() * size, torch.uint8)
+        return _Sent(told, received, self._group.all_gather_single(received, mine))
+
+    def _away(self) -> Tensor:
         told = self._flat(self._buffer("told"))
-        torch.sub(self.meeting, told, out=told)
-        if self._codec is None:
-            received = self._buffer("mean").copy_(told)
-            work = self._group.all_reduce(received, dist.ReduceOp.AVG)
-        else:
-            size = self._codec.payload_bytes(told.numel())
-            mine = self._buffer("mine", size, torch.uint8)
-            self._codec.encode(told, mine)
-            self._codec.decode(mine, told)  # from here on only what the others will know of it
-            received = self._buffer("received", self._group.size() * size, torch.uint8)
-            work = self._group.all_gather_single(received, mine)
-        self._sent = _Sent(told, received, work)
+        return torch.sub(self.meeting, told, out=told)
+
+    def _told(self, codec: Codec, payload: Tensor) -> Tensor | None:
+        """Fill the payload; what the others will know from it."""
+        if self._kernel is not None:
+            self._kernel.tell(self.meeting, payload)
+            return None
+        told = self._away()
+        codec.encode(told, payload)
+        codec.decode(payload, told)
+        return told
 
     def arrive(self, *, at_once: bool = False) -> None:
         """Wait for what was sent, if anything was, and follow it; `at_once`: the replica has not moved since."""
@@ -74,6 +91,13 @@ class Fragment:
         told, received, work = self._sent
         self._sent = None
         work.wait()
+        if self._kernel is not None:
+            rows, rank = received.view(self._group.size(), -1), self._group.rank()
+            self._kernel.follow(self.meeting, self.velocity, rows, rank, rate=self._rate, momentum=self._momentum)
+        elif told is not None:
+            self._follow(told, received, at_once=at_once)
+
+    def _follow(self, told: Tensor, received: Tensor, *, at_once: bool) -> None:
         moved = self._outer_step(self._mean(told, received))
         if at_once and self._codec is None:
             self._put(self.meeting)  # all are in one place, to the bit

@@ -10,14 +10,14 @@ from shardwise.spec.sync import Sync
 
 ENOUGH = 0.95  # expected of the rate without any synchronisation: what is reached is a few per cent less
 CODED_BYTES = {8: 1.01, 4: 0.53, 2: 0.26}  # of an element in so many bits, with its share of the block's scale
-CODING_S = 4e-9  # seconds to encode, decode and apply an element, on one core, between two steps
+CODING_S = 2e-9  # seconds to encode, decode and apply an element, on one core, between two steps
+SENDING_S = 8e-4  # seconds of the core that starting, carrying and ending a message take from what it computes
 # Steps of a replica between two meetings, bits, and fragments that take turns. What is sent arrives a step later: of a
 # GPT of 1 M parameters the second step of delay cost more held-out loss than another step between two meetings.
 LOCAL: tuple[tuple[int, Literal[8, 4, 2], int], ...] = (
     (2, 8, 1),
     (2, 4, 1),
     (4, 4, 2),
-    (4, 4, 4),
     (4, 2, 2),
     (4, 2, 4),
 )
@@ -91,7 +91,7 @@ def _rate(measured: Measured, *, every: int, bits: int, overlap: int, fragments:
         0.0, sent / measured.bandwidth + measured.latency_s - HIDES * overlap * measured.compute_s
     )
     alone_s = every * measured.compute_s
-    return alone_s / (alone_s + measured.elements * CODING_S + exposed_s)
+    return alone_s / (alone_s + measured.elements * CODING_S + fragments * SENDING_S + exposed_s)
 
 
 def _why(measured: Measured, chosen: Sync, rates: dict[Sync, float]) -> str:

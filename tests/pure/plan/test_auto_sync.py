@@ -54,7 +54,7 @@ def test_adams_moments_are_bounded_where_there_are_any() -> None:
 
 def test_it_says_what_it_saw_and_expects() -> None:
     why = choose(measured(100), BOTH, EXACT).why
-    for said in ("25.0 ms", "100 Mbit/s", "So: local streaming every 4 steps in 4 bits and 4 fragments"):
+    for said in ("25.0 ms", "100 Mbit/s", "So: local streaming every 4 steps in 2 bits and 2 fragments"):
         assert said in why
 
 

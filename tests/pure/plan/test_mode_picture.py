@@ -18,8 +18,8 @@ SHOWN = {  # by position among all that `auto` considers
     0: "all_reduce",
     1: "compressed, int8",
     2: "local, every 2 steps, 8 bits",
-    5: "local, every 4 steps, 4 bits, 4 fragments",
-    7: "local, every 4 steps, 2 bits, 4 fragments",
+    5: "local, every 4 steps, 2 bits, 2 fragments",
+    6: "local, every 4 steps, 2 bits, 4 fragments",
 }
 DECADES = [0.5 + 0.05 * i for i in range(81)]  # of Mbit/s
 
@@ -55,7 +55,7 @@ def test_the_modes_shown_are_those_that_are_named() -> None:
         ("all_reduce", 0, 32, 1),
         ("compressed", 0, 32, 1),
         ("local", 2, 8, 1),
-        ("local", 4, 4, 4),
+        ("local", 4, 2, 2),
         ("local", 4, 2, 4),
     ]
 
