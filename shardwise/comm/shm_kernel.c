@@ -36,7 +36,7 @@
 #define RELAX() ((void)0)
 #endif
 
-enum { LINE = 64, SLOTS = 2, HEADER = 128, NEAR = 2048, RING = 3, BLOCK = 1024, WHY = 960 }; /* RING: in chunks */
+enum { LINE = 64, SLOTS = 32, HEADER = 128, NEAR = 2048, RING = 3, BLOCK = 1024, WHY = 960 }; /* RING: in chunks */
 enum { SMALL = 1 << 15, SMALL_OF_TWO = 1 << 18 }; /* bytes up to which every rank reads every other's chunk */
 enum { COPIED = 1 << 18, STEP = 1 << 16 };    /* bytes of a chunk that is only copied, of a step of a message */
 enum { STRIDE = 512 };                        /* bytes after which a large all-reduce goes over to its next stream */
@@ -110,7 +110,6 @@ struct Context {
     Kept **kept;
     uint64_t phase, serial, at[SLOTS], ring;  /* at: where every rank has its data of the last phases, from its slots on */
     int messages;                             /* whether there ever were any */
-    int rooted;                               /* the last operation was not compared with all ranks */
     _Atomic int news, open, waiting, closing, asleep;
     pthread_t helper;
     _Atomic int helped;
@@ -457,11 +456,15 @@ static uint64_t written(Context *c, Op *o) {
     default: return part(o, o->bytes, o->k);
     }
 }
-/* The next place, which never overlaps that of the phase before, as others may still read there. What is small lies
- * beside what is said of it. */
+/* What is small lies beside what is said of it, in one of many slots, so that ranks that wait for nobody (the root of a
+ * broadcast) run ahead of those that read. The next place in the ring may only never overlap that of the phase before. */
+static int beside(Context *c, Op *o) { return written(c, o) <= NEAR; }
+static uint64_t readers(Context *c, Op *o, uint64_t phase) { /* how far all must have come before the first phase writes */
+    return !beside(c, o) ? phase : phase < SLOTS - 2 ? 0 : phase - (SLOTS - 2);
+}
 static void place(Context *c, Op *o, uint64_t phase) {
     uint64_t bytes = written(c, o), *at = &c->at[phase % SLOTS];
-    if (bytes <= NEAR) { *at = phase % SLOTS * (HEADER + NEAR) + HEADER; return; }
+    if (beside(c, o)) { *at = phase % SLOTS * (HEADER + NEAR) + HEADER; return; }
     if (c->ring + bytes > RING * c->chunk) c->ring = 0;
     *at = SLOTS * (HEADER + NEAR) + c->ring;
     c->ring += rounded(bytes);
@@ -605,20 +608,18 @@ static int agreed(Context *c, Op *o, uint64_t phase) {
         if (needs(c, o, r) && !(same_call(c, r, phase, expected) && same_size(c, o, r, phase))) return 0;
     return 1;
 }
-/* Where only the root reads, or is read, the ranks are compared when the next phase begins. */
-static int agreed_before(Context *c, uint64_t phase) {
-    c->rooted = 0;
-    for (int r = 0; r < c->n; r++)
-        if (r != c->rank && !same_call(c, r, phase, NULL)) return 0;
-    return 1;
-}
-
-/* The phase is over on this rank. Who waits, waits for all or for the root: nobody else need wake a sleeper. */
-static void publish(Context *c, Op *o, uint64_t phase) {
+/* The phase is over on this rank; 0 if that of another was of another call. Where only the root reads, or is read, of two
+ * ranks the later one compares. Who waits, waits for all or for the root: nobody else need wake a sleeper. */
+static int publish(Context *c, Op *o, uint64_t phase) {
     atomic_store(&c->lines[c->rank].count, phase + 1);
     int all = 1;
-    for (int r = 0; r < c->n; r++) all = all && atomic_load(&c->lines[r].count) > phase;
+    for (int r = 0; r < c->n; r++) {
+        int there = atomic_load(&c->lines[r].count) > phase;
+        if (there && rooted(o->kind) && r != c->rank && !same_call(c, r, phase, NULL)) return 0;
+        all = all && there;
+    }
     if (all || (rooted(o->kind) && is_root(c, o))) ring_others(c);
+    return 1;
 }
 
 /* Go as far as the others let it; 1 once the operation has ended. */
@@ -626,8 +627,7 @@ static int advance(Context *c, Op *o) {
     for (; o->k <= o->phases; o->k++) {
         uint64_t phase = o->first + o->k;
         int last = o->k == o->phases; /* only reads */
-        if (!(last ? needed_reached(c, o, phase) : all_reached(c, phase))) return 0;
-        if (o->k == 0 && c->rooted && !agreed_before(c, phase - 1)) return 0;
+        if (!(last ? needed_reached(c, o, phase) : all_reached(c, o->k ? phase : readers(c, o, phase)))) return 0;
         if (o->k == 1) {
             if (!agreed(c, o, phase - 1)) return 0;
             learn(c, o, phase - 1);
@@ -638,10 +638,9 @@ static int advance(Context *c, Op *o) {
         if (o->k) get(c, o, o->k - 1, phase - 1);
         if (last) break;
         say(c, o, phase);
-        publish(c, o, phase);
+        if (!publish(c, o, phase)) return 0;
     }
     c->phase = o->first + o->phases;
-    c->rooted = rooted(o->kind);
     return 1;
 }
 
