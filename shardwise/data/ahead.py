@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -12,6 +13,7 @@ from shardwise.errors import DataError
 T = TypeVar("T")
 _POLL_S = 0.1
 _JOIN_S = 10.0
+BURST, BURST_BYTES = 16, 1 << 20  # at most so many items, of so many bytes together, are made one after the other
 
 
 class Ahead(Generic[T]):
@@ -20,6 +22,8 @@ class Ahead(Generic[T]):
     The thread calls `source`, so that whatever it opens (worker processes) is opened and closed by one thread; where
     it waits, it looks at the event `stop`. An
     exception there is raised here, once all items before it were read. `awaited()` names what a reader waits for.
+    Where `nbytes` tells the bytes of an item, small ones are made in bursts, up to BURST ahead: a thread that wakes for
+    every one of them takes more of the core than they do.
     """
 
     def __init__(
@@ -29,14 +33,15 @@ class Ahead(Generic[T]):
         depth: int,
         timeout_s: float,
         awaited: Callable[[], str],
+        nbytes: Callable[[T], int] | None = None,
     ) -> None:
-        self._items: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=max(1, depth))
+        self._items = _Shelf(max(1, depth))
         self._stop = threading.Event()
         self._timeout_s, self._awaited = timeout_s, awaited
         self._ended = False
         # The thread holds the queue and the event, not this object: dropping the reader ends the thread.
         self._thread = threading.Thread(
-            target=_fill, args=(source, self._items, self._stop), name="shardwise-data", daemon=True
+            target=_fill, args=(source, self._items, self._stop, nbytes), name="shardwise-data", daemon=True
         )
         self._thread.start()
 
@@ -47,7 +52,7 @@ class Ahead(Generic[T]):
         if self._ended:
             raise StopIteration
         try:
-            kind, item = self._items.get(timeout=self._timeout_s)
+            kind, item = self._items.get(self._timeout_s)
         except queue.Empty:
             self.close()
             raise DataError(
@@ -65,11 +70,7 @@ class Ahead(Generic[T]):
         """End the thread and what it opened; idempotent."""
         self._ended = True
         self._stop.set()
-        while True:  # room for a put that is under way
-            try:
-                self._items.get_nowait()
-            except queue.Empty:
-                break
+        self._items.clear()  # room for a put that is under way
         if self._thread is not threading.current_thread():
             self._thread.join(_JOIN_S)
 
@@ -77,29 +78,62 @@ class Ahead(Generic[T]):
         self._stop.set()
 
 
+class _Shelf:
+    """Entries between one writer and one reader. Full, it takes none until fewer than `depth` are left."""
+
+    def __init__(self, depth: int) -> None:
+        self._depth = depth
+        self._entries: deque[tuple[str, Any]] = deque()
+        self._changed = threading.Condition()
+        self._full = False
+
+    def put(self, entry: tuple[str, Any], nbytes: int | None, stop: threading.Event) -> bool:
+        """Wait for room; False once there is none because of `stop`. An entry of `nbytes` says how many it holds."""
+        most = self._depth if nbytes is None else max(self._depth, min(BURST, BURST_BYTES // max(1, nbytes)))
+        with self._changed:
+            while self._full and not stop.is_set():
+                self._changed.wait(_POLL_S)
+            if stop.is_set():
+                return False
+            self._entries.append(entry)
+            self._full = len(self._entries) >= most
+            self._changed.notify_all()
+        return True
+
+    def get(self, timeout_s: float) -> tuple[str, Any]:
+        """The next entry. Raises queue.Empty."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._entries, timeout_s):
+                raise queue.Empty
+            entry = self._entries.popleft()
+            if self._full and len(self._entries) < self._depth:
+                self._full = False
+                self._changed.notify_all()
+            return entry
+
+    def clear(self) -> None:
+        with self._changed:
+            self._entries.clear()
+            self._full = False
+            self._changed.notify_all()
+
+
 def _fill(
-    source: Callable[[threading.Event], Iterator[T]], items: queue.Queue[tuple[str, Any]], stop: threading.Event
+    source: Callable[[threading.Event], Iterator[T]],
+    items: _Shelf,
+    stop: threading.Event,
+    nbytes: Callable[[T], int] | None,
 ) -> None:
     made: Iterator[T] | None = None
     try:
         made = source(stop)
         for item in made:
-            if not _put(items, ("item", item), stop):
+            if not items.put(("item", item), nbytes(item) if nbytes else None, stop):
                 return
-        _put(items, ("end", None), stop)
+        items.put(("end", None), None, stop)
     except BaseException as error:  # handed to the reader, whatever it is
-        _put(items, ("error", error), stop)
+        items.put(("error", error), None, stop)
     finally:
         close = getattr(made, "close", None)
         if close is not None:
             close()
-
-
-def _put(items: queue.Queue[tuple[str, Any]], entry: tuple[str, Any], stop: threading.Event) -> bool:
-    while not stop.is_set():
-        try:
-            items.put(entry, timeout=_POLL_S)
-        except queue.Full:
-            continue
-        return True
-    return False

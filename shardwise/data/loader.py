@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from shardwise.errors import DataError
 
 TIMEOUT_S = 600.0
 PREFETCH = 2  # steps made ahead
+UNKNOWN, PAGE = 1 << 40, 4096  # bytes
 T = TypeVar("T")
 Made = tuple[Any, list[int]]
 
@@ -97,10 +98,10 @@ def open_batches(
 
     Which samples a step has depends on `seed` and the step alone. With `logical_shards` (exact mode) there is one
     micro-batch for each owned shard, else the rank's slice in `microbatches` pieces. Up to `prefetch` steps are made
-    ahead: in a thread, or in `workers` processes, in which the user's code runs. With workers=0 the user's code runs
-    in the caller's thread when its step comes, since it may draw from the process's random generators. `share` says of
-    each step, in order and from the thread that makes it, which of its samples this rank computes instead of its slice;
-    with `workers` at least one.
+    ahead, small ones up to 16: in a thread, or in `workers` processes, in which the user's code runs. With workers=0
+    it runs in the caller's thread when its step comes, since it may draw from the process's random generators. `share`
+    says of each step, in order and from the thread that makes it, which of its samples this rank computes instead of
+    its slice; with `workers` at least one.
     Raises DataError, here or from the iterator, which names the sample.
     """
     number = None if isinstance(samples, Stream) else len(samples)
@@ -130,7 +131,8 @@ def open_batches(
         )
     made = _maker(samples, todo, workers if cuts else 0, prefetch * max(1, len(cuts)), seed, _local_step)
     inline = samples.user_code and not workers
-    return Batches(_ahead(made, inline=inline, prefetch=prefetch, timeout_s=timeout_s), start_step)
+    nbytes = _nbytes if share is None else None  # shares are dealt when a step is made: not long before it is computed
+    return Batches(_ahead(made, inline=inline, prefetch=prefetch, timeout_s=timeout_s, nbytes=nbytes), start_step)
 
 
 def eval_batches(
@@ -181,11 +183,34 @@ def _maker(
 
 
 def _ahead(
-    made: Callable[[threading.Event], Iterator[T]], *, inline: bool, prefetch: int, timeout_s: float
+    made: Callable[[threading.Event], Iterator[T]],
+    *,
+    inline: bool,
+    prefetch: int,
+    timeout_s: float,
+    nbytes: Callable[[T], int] | None = None,
 ) -> Iterator[T]:
     if inline:
         return made(threading.Event())
-    return Ahead(made, depth=prefetch, timeout_s=timeout_s, awaited=lambda: "the next batch")
+    return Ahead(made, depth=prefetch, timeout_s=timeout_s, awaited=lambda: "the next batch", nbytes=nbytes)
+
+
+def _nbytes(step: LocalStep) -> int:
+    """The bytes of a step's tensors; very many where anything else is among them."""
+    return sum(_size(micro.batch) for micro in step.micro)
+
+
+def _size(batch: Any) -> int:
+    """Of memory that a batch holds on to; of a small tensor a page, since each from a worker process has its own."""
+    import torch
+
+    if isinstance(batch, Mapping):
+        return sum(map(_size, batch.values()))
+    if isinstance(batch, list | tuple):
+        return sum(map(_size, batch))
+    if isinstance(batch, torch.Tensor) and batch.layout == torch.strided:
+        return max(PAGE, batch.untyped_storage().nbytes())
+    return UNKNOWN
 
 
 def _make(samples: Samples | Stream, task: Task, seed: int) -> Made:

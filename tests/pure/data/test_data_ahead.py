@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from shardwise.data.ahead import Ahead
+from shardwise.data.ahead import BURST, BURST_BYTES, Ahead
 from shardwise.errors import DataError
 
 
@@ -42,6 +42,40 @@ def test_items_come_in_order_and_no_more_than_depth_are_made_early() -> None:
     assert len(made) == 4
     assert list(found) == list(range(20))
     until(lambda: not threads())
+
+
+def test_small_items_are_made_in_bursts() -> None:
+    made: list[int] = []
+
+    def source() -> Iterator[int]:
+        for number in range(40):
+            made.append(number)
+            yield number
+
+    found = Ahead(lambda stop: source(), depth=2, timeout_s=10, awaited=lambda: "", nbytes=lambda _: 100)
+    until(lambda: len(made) == BURST + 1)  # those on the shelf, and one in hand
+    for number in range(BURST - 2):
+        assert next(found) == number
+    time.sleep(0.05)
+    assert len(made) == BURST + 1  # two are left: nobody was woken
+    assert next(found) == BURST - 2
+    until(lambda: len(made) == 2 * BURST)  # and then as many again
+    assert list(found) == list(range(BURST - 1, 40))
+
+
+def test_large_items_are_not() -> None:
+    made: list[int] = []
+
+    def source() -> Iterator[int]:
+        for number in range(40):
+            made.append(number)
+            yield number
+
+    found = Ahead(lambda stop: source(), depth=2, timeout_s=10, awaited=lambda: "", nbytes=lambda _: BURST_BYTES)
+    until(lambda: len(made) == 3)
+    time.sleep(0.05)
+    assert len(made) == 3
+    assert list(found) == list(range(40))
 
 
 def test_an_exception_comes_after_the_items_before_it() -> None:
