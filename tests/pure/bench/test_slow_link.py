@@ -104,6 +104,18 @@ def test_ten_mbit_asks_for_twice_the_best_of_the_others_and_fast_links_for_no_lo
     assert "not the" not in fast["limit", "bandwidth"]["note"]
 
 
+@pytest.mark.parametrize(("end", "rival"), [(2.09, "hivemind"), (2.11, "ddp:fp16")])
+def test_who_ends_far_above_ddps_loss_is_no_rival_in_speed(end: float, rival: str) -> None:
+    """Seldom meeting makes anybody fast."""
+    before = found()
+    step_s = {**before.step_s, "hivemind": [0.019, 0.019]}
+    keyed = by_key(rows_of(found(step_s=step_s, curves={**before.curves, "hivemind": [curve(4.0, 3.0, end)]})))
+    told = {"ddp:fp16", "hivemind"} - {rival}
+    assert keyed["shardwise:auto", f"ratio_to_{rival}"]["target"] == ">= 1.0"
+    assert ("shardwise:auto", f"ratio_to_{told.pop()}") not in keyed
+    assert keyed["hivemind", "ratio_to_ddp"]["median"] == pytest.approx(0.4 / 0.019)
+
+
 def test_where_ddp_itself_is_the_best_of_the_others_it_is_the_one_to_beat() -> None:
     slow = {"shardwise:auto": [0.02], "ddp": [0.1], "ddp:fp16": [0.2]}
     keyed = by_key(rows_of(found(Wire(10), step_s=slow)))
