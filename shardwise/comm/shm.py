@@ -204,6 +204,7 @@ class Shm:
         *,
         root: int = 0,
     ) -> Started:
+        self._refuse_root(root)
         if like.is_complex():
             if reduction.op not in (OPERATIONS.SUM, OPERATIONS.AVG, OPERATIONS.PREMUL_SUM):
                 raise ValueError(f"{reduction.op.name} of complex numbers is not defined.")
@@ -231,6 +232,7 @@ class Shm:
         root: int = 0,
         alike: bool = True,
     ) -> ShmWork:
+        self._refuse_root(root)
         code, nbytes = DTYPES.get(like.dtype, AS_BYTES), like.nbytes if alike else 0
         return self._start(kind, code, 0, root, nbytes, inputs, outputs, results, back)
 
@@ -350,6 +352,10 @@ class Shm:
                 f"a tensor of {whole.numel()} elements cannot be {self.size} pieces of {piece.numel()} elements."
             )
         return list(whole.reshape(-1).split(piece.numel())) if piece.numel() else [whole] * self.size
+
+    def _refuse_root(self, root: int) -> None:
+        if not 0 <= root < self.size:
+            raise ValueError(f"root {root} is not a rank of this group, which has {self.size}.")
 
     def _alike(self, pieces: Sequence[Tensor], like: Tensor, what: str, *, uneven: bool = False) -> None:
         """Raises ValueError unless each rank has a piece, of the type and (unless `uneven`) the size of `like`."""

@@ -10,7 +10,7 @@ from shardwise.spec.sync import Sync
 
 ENOUGH = 0.95  # expected of the rate without any synchronisation: what is reached is a few per cent less
 CODED_BYTES = {8: 1.01, 4: 0.53, 2: 0.26}  # of an element in so many bits, with its share of the block's scale
-CODING_S = 2e-9  # seconds to encode, decode and apply an element, on one core, between two steps
+SUM_S, MEET_S = 4e-9, 2e-9  # seconds of a core to encode, decode and apply an element of a sum, of replicas that meet
 SENDING_S = 8e-4  # seconds of the core that starting, carrying and ending a message take from what it computes
 # Steps of a replica between two meetings, bits, and fragments that take turns. What is sent arrives a step later: of a
 # GPT of 1 M parameters the second step of delay cost more held-out loss than another step between two meetings.
@@ -68,7 +68,7 @@ def rates_of(measured: Measured, allow: Sequence[str], exact: Sync) -> dict[Sync
     rates = {exact: measured.compute_s / measured.step_s}
     if "compressed" in allow:
         coded = Sync(word="compressed", method="int8", bucket_bytes=exact.bucket_bytes)
-        rates[coded] = _rate(measured, every=1, bits=8, overlap=0)
+        rates[coded] = _rate(measured, every=1, bits=8, overlap=0, coding_s=SUM_S)
     if "local" in allow:
         for every, bits, fragments in LOCAL:
             sync = _local(every, bits, fragments, moments=measured.moments)
@@ -83,7 +83,9 @@ def _local(every: int, bits: Literal[8, 4, 2], fragments: int, *, moments: bool)
     return Sync(word="local", **every_word, **(turns if fragments > 1 else {"method": "sgd"}))  # type: ignore[arg-type]
 
 
-def _rate(measured: Measured, *, every: int, bits: int, overlap: int, fragments: int = 1) -> float:
+def _rate(
+    measured: Measured, *, every: int, bits: int, overlap: int, fragments: int = 1, coding_s: float = MEET_S
+) -> float:
     """Of the rate without synchronisation, where `every` steps share `fragments` messages and half of `overlap` steps'
     compute hides each."""
     sent = measured.elements / fragments * CODED_BYTES[bits] * (measured.ranks - 1)
@@ -91,7 +93,7 @@ def _rate(measured: Measured, *, every: int, bits: int, overlap: int, fragments:
         0.0, sent / measured.bandwidth + measured.latency_s - HIDES * overlap * measured.compute_s
     )
     alone_s = every * measured.compute_s
-    return alone_s / (alone_s + measured.elements * CODING_S + fragments * SENDING_S + exposed_s)
+    return alone_s / (alone_s + measured.elements * coding_s + fragments * SENDING_S + exposed_s)
 
 
 def _why(measured: Measured, chosen: Sync, rates: dict[Sync, float]) -> str:

@@ -150,7 +150,7 @@ def test_what_gloo_cannot_do(n: int) -> None:
 
 
 def wrong_calls(rank: Rank) -> list[str]:
-    shm_of(rank)
+    group = shm_of(rank)
     n, four, five = rank.world, torch.ones(4), torch.ones(5)
     calls = {
         "own piece": lambda: dist.all_to_all_single(
@@ -161,6 +161,7 @@ def wrong_calls(rank: Rank) -> list[str]:
         "sizes": lambda: all_gather_single(five, four),
         "types": lambda: reduce_scatter_single(torch.ones(2, dtype=torch.bfloat16), four),
         "bits of floats": lambda: dist.all_reduce(four, op=dist.ReduceOp.BAND),
+        "root": lambda: group.broadcast([four], root=n),
     }
     refused = []
     for name, call in calls.items():
@@ -173,7 +174,7 @@ def wrong_calls(rank: Rank) -> list[str]:
 
 
 def test_calls_that_would_read_or_write_elsewhere_are_refused_and_leave_the_group_alive() -> None:
-    names = ["own piece", "too few outputs", "own output", "sizes", "types", "bits of floats"]
+    names = ["own piece", "too few outputs", "own output", "sizes", "types", "bits of floats", "root"]
     assert run_ranks(2, wrong_calls) == [[*names, "2.0"]] * 2
 
 
@@ -435,6 +436,77 @@ def test_ranks_that_disagree_are_told_what_each_called(what: str, words: list[st
         assert "rank 0" in text
         assert "rank 1" in text
         assert all(word in text for word in words)
+
+
+def run_ahead(rank: Rank) -> bool:
+    """Roots that wait for nobody, readers that are late, and tensors that lie beside their header or in the ring."""
+    group = shm_of(rank)
+    counts = [1, 511, 512, 513, 700, 90_000, 3, 300_000, 2]  # of float32; 512 are the most that lie in a slot
+    right = True
+    for turn in range(25):
+        if turn % 5 == rank.rank:
+            time.sleep(0.02)  # the others meet their limit
+        for number, count in enumerate(counts):
+            root = (turn // 8 + number) % rank.world
+            value = float(100 * turn + 10 * number)
+            told = torch.full((count,), value + rank.rank)
+            group.broadcast([told], root=root).wait()
+            summed = torch.full((count,), value)
+            dist.reduce(summed, root)
+            right &= bool((told == value + root).all())
+            right &= rank.rank != root or bool((summed == value * rank.world).all())
+    small = torch.zeros(4)
+    for number in range(100):  # three times round the slots
+        small.fill_(float(number) if rank.rank == 0 else -1.0)
+        group.broadcast([small], root=0).wait()
+        right &= bool((small == number).all())
+        if rank.rank == 1 and number % 40 == 0:
+            time.sleep(0.02)
+    return right
+
+
+def test_ranks_that_run_ahead_overwrite_nothing() -> None:
+    assert run_ranks(3, run_ahead) == [True] * 3
+
+
+def apart(rank: Rank, what: str) -> str:
+    """Rank 0 runs ahead and waits for nobody; then it does."""
+    group = shm_of(rank)
+    four = torch.ones(4)
+    try:
+        if what == "readers" and rank.rank:  # the root reads from neither of them
+            group.broadcast([torch.ones(3 + rank.rank)], root=0).wait()
+        elif what == "readers":
+            group.broadcast([four], root=0).wait()
+        else:
+            if rank.rank == 2:
+                time.sleep(0.1)
+            for number in range(5):
+                if number == 3 and rank.rank == 2:
+                    group.gather([[torch.empty(4)] * 3], [four], _rooted(2)).wait()
+                group.broadcast([four], root=0).wait()
+        group.barrier().wait()
+    except CommError as error:
+        return str(error)
+    return "nothing"
+
+
+def _rooted(root: int) -> Any:
+    options = dist.GatherOptions()
+    options.rootRank = root
+    return options
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("readers", ["broadcast of 5 float32", "broadcast of 4 float32"]),
+        ("late", ["gather of 4 float32", "broadcast of 4 float32"]),
+    ],
+)
+def test_ranks_that_run_ahead_are_told_of_what_others_called(what: str, words: list[str]) -> None:
+    for text in run_ranks(3, apart, what):
+        assert all(word in text for word in words), text
 
 
 def killed(rank: Rank, held_bytes: int) -> tuple[float, str]:
