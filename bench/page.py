@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -73,9 +74,15 @@ def ratio_table(rows: Sequence[Row]) -> str:
     lines = [f"| case (batch a rank) | {' | '.join(systems)} |", "|---" * (1 + len(systems)) + "|"]
     for case in dict.fromkeys(row["case"] for row in ratios):
         found = {row["system"]: row for row in ratios if row["case"] == case}
-        cells = [f"{f['median']:.3f} ({f['low']:.3f} - {f['high']:.3f})" for f in map(found.__getitem__, systems)]
+        cells = [_cell(each) for each in map(found.__getitem__, systems)]
         lines.append(f"| {case} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _cell(found: Row) -> str:
+    if math.isinf(found["median"]):
+        return "lost"
+    return f"{found['median']:.3f} ({found['low']:.3f} - {found['high']:.3f})"
 
 
 def benchmark_of(name: str) -> str:
