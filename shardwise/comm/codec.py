@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -78,9 +78,9 @@ class Blockwise:
 
     def encode(self, values: Tensor, out: Tensor) -> None:
         codes, scales = self._sections(values.numel(), out)
-        if run := self._kernel(values):
+        if self.compiled_for(values):
             where = values.data_ptr(), codes.data_ptr(), scales.data_ptr(), values.numel()
-            run.codec_encode(*where, self.block, self.bits, self.weight, self.divisor)
+            kernel().codec_encode(*where, self.block, self.bits, self.weight, self.divisor)
             return
         whole = values.numel() // self.block
         rows, rest = values[: whole * self.block].view(-1, self.block), values[whole * self.block :]
@@ -94,9 +94,9 @@ class Blockwise:
 
     def decode(self, payload: Tensor, out: Tensor) -> None:
         codes, scales = self._sections(out.numel(), payload)
-        if run := self._kernel(out):
+        if self.compiled_for(out):
             where = codes.data_ptr(), scales.data_ptr(), out.data_ptr(), out.numel()
-            run.codec_decode(*where, self.block, self.bits)
+            kernel().codec_decode(*where, self.block, self.bits)
             return
         whole = out.numel() // self.block
         rows, rest = out[: whole * self.block].view(-1, self.block), out[whole * self.block :]
@@ -138,10 +138,6 @@ class Blockwise:
     def compiled_for(self, values: Tensor) -> bool:
         """Whether the compiled kernel takes such a tensor."""
         return self._compiled and values.is_cpu
-
-    def _kernel(self, values: Tensor) -> Any:
-        """The compiled kernel's functions, or None where torch has to do."""
-        return kernel() if self.compiled_for(values) else None
 
     def _decode(self, codes: Tensor, scales: Tensor, rows: Tensor) -> None:
         if self.bits == 8:

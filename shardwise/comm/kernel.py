@@ -42,16 +42,11 @@ class Outcome(enum.IntEnum):
     FAILED = 2
 
 
+_FIVE = [c_void_p] * 5
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "shm_fixed": (c_uint64, [c_int, c_uint64, c_uint64]),
-    "shm_open_group": (
-        c_void_p,
-        [c_void_p, c_int, c_int, c_uint64, c_uint64, c_uint64, c_int, c_void_p, c_void_p],
-    ),
-    "shm_start": (
-        c_void_p,
-        [c_void_p, c_int, c_int, c_int, c_int, c_uint64, c_int, c_void_p, c_void_p, c_int, c_void_p, c_void_p],
-    ),
+    "shm_open_group": (c_void_p, [c_void_p, c_int, c_int, *[c_uint64] * 3, c_int, c_void_p, c_void_p]),
+    "shm_start": (c_void_p, [c_void_p, *[c_int] * 4, c_uint64, *[c_int, c_void_p, c_void_p] * 2]),
     "shm_begin": (c_void_p, [c_void_p, c_uint64, c_void_p, c_void_p, c_uint64]),
     "shm_post": (c_void_p, [c_void_p, c_uint64, c_void_p, c_void_p, c_uint64]),
     "shm_end": (c_int, [c_void_p, c_void_p, c_double]),
@@ -68,15 +63,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "shm_reduce": (None, [c_void_p, c_void_p, c_int, c_uint64, c_int, c_int]),
     "codec_encode": (None, [c_void_p, c_void_p, c_void_p, c_uint64, c_uint64, c_int, c_float, c_float]),
     "codec_decode": (None, [c_void_p, c_void_p, c_void_p, c_uint64, c_uint64, c_int]),
-    "replica_tell": (
-        None,
-        [c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_uint64, c_uint64, c_int, c_float, c_float],
-    ),
-    "replica_follow": (
-        None,
-        [c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_uint64, c_uint64, c_int, c_int]
-        + [c_uint64, c_uint64, c_int, c_float, c_float],
-    ),
+    "replica_tell": (None, [*_FIVE, c_uint64, c_uint64, c_int, c_float, c_float]),
+    "replica_follow": (None, [*_FIVE, c_uint64, c_uint64, c_int, c_int, c_uint64, c_uint64, c_int, c_float, c_float]),
 }
 
 

@@ -29,8 +29,8 @@ class OnePass:
     def tell(self, meeting: Tensor, payload: Tensor) -> None:
         """Fill `payload` (uint8) with how far the parameters are from `meeting`."""
         codec, at = self._codec, payload.data_ptr()
-        where = meeting.data_ptr(), at, at + self._scales_at, self._numel
-        kernel().replica_tell(self._parts(), self._sizes, *where, codec.block, codec.bits, codec.weight, codec.divisor)
+        how = self._numel, codec.block, codec.bits, codec.weight, codec.divisor
+        kernel().replica_tell(self._parts(), self._sizes, meeting.data_ptr(), at, at + self._scales_at, *how)
 
     def follow(
         self, meeting: Tensor, velocity: Tensor | None, received: Tensor, rank: int, *, rate: float, momentum: float

@@ -183,12 +183,7 @@ def _maker(
 
 
 def _ahead(
-    made: Callable[[threading.Event], Iterator[T]],
-    *,
-    inline: bool,
-    prefetch: int,
-    timeout_s: float,
-    nbytes: Callable[[T], int] | None = None,
+    made: Callable[[threading.Event], Iterator[T]], *, inline: bool, prefetch: int, timeout_s: float, nbytes: Any = None
 ) -> Iterator[T]:
     if inline:
         return made(threading.Event())

@@ -14,13 +14,7 @@ SUM_S, MEET_S = 4e-9, 2e-9  # seconds of a core to encode, decode and apply an e
 SENDING_S = 8e-4  # seconds of the core that starting, carrying and ending a message take from what it computes
 # Steps of a replica between two meetings, bits, and fragments that take turns. What is sent arrives a step later: of a
 # GPT of 1 M parameters the second step of delay cost more held-out loss than another step between two meetings.
-LOCAL: tuple[tuple[int, Literal[8, 4, 2], int], ...] = (
-    (2, 8, 1),
-    (2, 4, 1),
-    (4, 4, 2),
-    (4, 2, 2),
-    (4, 2, 4),
-)
+LOCAL: tuple[tuple[int, Literal[8, 4, 2], int], ...] = ((2, 8, 1), (2, 4, 1), (4, 4, 2), (4, 2, 2), (4, 2, 4))
 # Of the compute measured in exact steps, in which the core also sends: 38 ms were 28 ms without, and what should take
 # 23 ms on the link took 31 beside a step.
 HIDES = 0.5
@@ -68,11 +62,11 @@ def rates_of(measured: Measured, allow: Sequence[str], exact: Sync) -> dict[Sync
     rates = {exact: measured.compute_s / measured.step_s}
     if "compressed" in allow:
         coded = Sync(word="compressed", method="int8", bucket_bytes=exact.bucket_bytes)
-        rates[coded] = _rate(measured, every=1, bits=8, overlap=0, coding_s=SUM_S)
+        rates[coded] = _rate(measured, every=1, bits=8, overlap=0, fragments=1, code_s=SUM_S)
     if "local" in allow:
         for every, bits, fragments in LOCAL:
             sync = _local(every, bits, fragments, moments=measured.moments)
-            rates[sync] = _rate(measured, every=every, bits=bits, overlap=1, fragments=fragments)
+            rates[sync] = _rate(measured, every=every, bits=bits, overlap=1, fragments=fragments, code_s=MEET_S)
     return rates
 
 
@@ -83,9 +77,7 @@ def _local(every: int, bits: Literal[8, 4, 2], fragments: int, *, moments: bool)
     return Sync(word="local", **every_word, **(turns if fragments > 1 else {"method": "sgd"}))  # type: ignore[arg-type]
 
 
-def _rate(
-    measured: Measured, *, every: int, bits: int, overlap: int, fragments: int = 1, coding_s: float = MEET_S
-) -> float:
+def _rate(measured: Measured, *, every: int, bits: int, overlap: int, fragments: int, code_s: float) -> float:
     """Of the rate without synchronisation, where `every` steps share `fragments` messages and half of `overlap` steps'
     compute hides each."""
     sent = measured.elements / fragments * CODED_BYTES[bits] * (measured.ranks - 1)
@@ -93,7 +85,7 @@ def _rate(
         0.0, sent / measured.bandwidth + measured.latency_s - HIDES * overlap * measured.compute_s
     )
     alone_s = every * measured.compute_s
-    return alone_s / (alone_s + measured.elements * coding_s + fragments * SENDING_S + exposed_s)
+    return alone_s / (alone_s + measured.elements * code_s + fragments * SENDING_S + exposed_s)
 
 
 def _why(measured: Measured, chosen: Sync, rates: dict[Sync, float]) -> str:
