@@ -17,7 +17,7 @@ from bench.slow_case import SlowCase
 from bench.slow_systems import BASE, LIMIT, PICKED, SYSTEMS, peers
 
 NEAR = 1.01  # the loss to reach is the one that DDP ends with, times this
-RIVAL = 1.05  # what ends above that times DDP's loss is no rival in tokens a second; the table has it
+AS_GOOD = 1.05  # times DDP's loss: what ends above that is fast at something else
 COMPARED = 100  # steps over which exact systems must agree; rounding drives them apart later
 OFF_BY = 0.15  # a wire that is further from its nominal rate is not what its name says
 
@@ -125,27 +125,33 @@ def _waiting(found: Found) -> list[Row]:
     return [row(found.title, BASE, "waiting_share", "", "lower", shares, target=target)]
 
 
-def _rivals(found: Found) -> list[str]:
-    """The others but those that end far above DDP's loss: whoever seldom meets is as fast as one that never does."""
+def _as_good(found: Found) -> list[str]:
+    """The others that end near DDP's loss: whoever seldom meets is as fast as one that never does."""
     curves = found.curves
     names = peers(list(found.step_s))
     if found.base is None:
         return names
-    most = RIVAL * curves[found.base][0].last
+    most = AS_GOOD * curves[found.base][0].last
     return [name for name in names if not curves.get(name) or curves[name][0].last <= most]
 
 
+def _fastest(found: Found, names: Sequence[str]) -> str:
+    return max(names, key=lambda name: statistics.median(found.rates(name)), default=BASE)
+
+
 def _speed_ratios(found: Found) -> list[Row]:
-    """Tokens a second: everybody's to DDP's, ours to the limit, and ours to the best of the others."""
+    """Tokens a second: all to DDP's, ours to the limit, ours to the fastest of the others and of those as good."""
     pairs: list[tuple[str, str, str | None]] = [
         (name, BASE, _never_slower(found.wire, name)) for name in found.step_s if name not in (BASE, LIMIT)
     ]
     pairs += [(name, LIMIT, _near_limit(found.wire, name)) for name in found.step_s if name.startswith("shardwise")]
-    best = max(_rivals(found), key=lambda name: statistics.median(found.rates(name)), default=BASE)
-    if best != BASE:
-        pairs.append((PICKED, best, _best_other(found.wire)))
-    elif target := _best_other(found.wire):
-        pairs = [(name, base, target if (name, base) == (PICKED, BASE) else told) for name, base, told in pairs]
+    target = _best_other(found.wire)
+    fastest = [_fastest(found, names) for names in (peers(list(found.step_s)), _as_good(found))]
+    for best in dict.fromkeys(fastest):
+        if best != BASE:
+            pairs.append((PICKED, best, target))
+        elif target:
+            pairs = [(name, base, target if (name, base) == (PICKED, BASE) else told) for name, base, told in pairs]
     return [
         ratio(found.title, name, base, found.rates(name), found.rates(base), better="higher", target=target)
         for name, base, target in pairs

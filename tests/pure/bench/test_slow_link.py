@@ -104,16 +104,15 @@ def test_ten_mbit_asks_for_twice_the_best_of_the_others_and_fast_links_for_no_lo
     assert "not the" not in fast["limit", "bandwidth"]["note"]
 
 
-@pytest.mark.parametrize(("end", "rival"), [(2.09, "hivemind"), (2.11, "ddp:fp16")])
-def test_who_ends_far_above_ddps_loss_is_no_rival_in_speed(end: float, rival: str) -> None:
+@pytest.mark.parametrize(("end", "against"), [(2.09, {"hivemind"}), (2.11, {"hivemind", "ddp:fp16"})])
+def test_a_fast_system_that_ends_far_above_ddps_loss_is_not_the_only_one_to_beat(end: float, against: set[str]) -> None:
     """Seldom meeting makes anybody fast."""
     before = found()
     step_s = {**before.step_s, "hivemind": [0.019, 0.019]}
     keyed = by_key(rows_of(found(step_s=step_s, curves={**before.curves, "hivemind": [curve(4.0, 3.0, end)]})))
-    told = {"ddp:fp16", "hivemind"} - {rival}
-    assert keyed["shardwise:auto", f"ratio_to_{rival}"]["target"] == ">= 1.0"
-    assert ("shardwise:auto", f"ratio_to_{told.pop()}") not in keyed
-    assert keyed["hivemind", "ratio_to_ddp"]["median"] == pytest.approx(0.4 / 0.019)
+    told = {name for name in ("hivemind", "ddp:fp16") if ("shardwise:auto", f"ratio_to_{name}") in keyed}
+    assert told == against
+    assert all(keyed["shardwise:auto", f"ratio_to_{name}"]["target"] == ">= 1.0" for name in told)
 
 
 def test_where_ddp_itself_is_the_best_of_the_others_it_is_the_one_to_beat() -> None:
