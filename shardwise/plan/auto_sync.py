@@ -10,8 +10,8 @@ from shardwise.spec.sync import Sync
 
 ENOUGH = 0.95  # expected of the rate without any synchronisation: what is reached is a few per cent less
 CODED_BYTES = {8: 1.01, 4: 0.53, 2: 0.26}  # of an element in so many bits, with its share of the block's scale
-SUM_S, MEET_S = 4e-9, 2e-9  # seconds of a core to encode, decode and apply an element of a sum, of replicas that meet
-SENDING_S = 8e-4  # seconds of the core that starting, carrying and ending a message take from what it computes
+SUM_S, MEET_S = 4e-9, 3e-9  # seconds of a core to encode, decode and apply an element of a sum, of replicas that meet
+SENDING_S = 2e-3  # seconds of the core that a message of 70 to 130 KB over gloo takes from what it computes
 # Steps of a replica between two meetings, bits, and fragments that take turns. What is sent arrives a step later: of a
 # GPT of 1 M parameters the second step of delay cost more held-out loss than another step between two meetings.
 LOCAL: tuple[tuple[int, Literal[8, 4, 2], int], ...] = ((2, 8, 1), (2, 4, 1), (4, 4, 2), (4, 2, 2), (4, 2, 4))
