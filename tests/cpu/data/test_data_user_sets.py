@@ -17,8 +17,9 @@ import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
+from shardwise.data.ahead import BURST_BYTES
 from shardwise.data.datasets import dataset
-from shardwise.data.loader import Batches, eval_batches, open_batches
+from shardwise.data.loader import PAGE, Batches, LocalStep, Micro, _nbytes, eval_batches, open_batches
 from shardwise.data.samples import Prepared
 from shardwise.errors import DataError
 
@@ -300,3 +301,15 @@ def test_text_from_a_hugging_face_column(tmp_path: Path) -> None:
 
 def _documents(stored: np.ndarray) -> list[np.ndarray]:
     return np.split(stored, np.flatnonzero(stored == 256) + 1)[:-1]
+
+
+def test_what_a_batch_holds_on_to_is_counted_and_what_is_unknown_is_large() -> None:
+    def size(batch: Any) -> int:
+        return _nbytes(LocalStep(step=0, micro=[Micro(batch=batch, stream=0, samples=[], shard=None)], wait_s=0.0))
+
+    small, large = torch.zeros(3), torch.zeros(10_000)
+    assert size(small) == PAGE
+    assert size({"a": small, "b": [large, (small,)]}) == 2 * PAGE + 40_000
+    assert size(large[:2]) == 40_000
+    for unknown in (torch.eye(3).to_sparse(), "text", None, {"a": small, "b": object()}):
+        assert size(unknown) > BURST_BYTES

@@ -17,6 +17,13 @@ def ahead(source: Iterator[int], depth: int = 2, timeout_s: float = 10) -> Ahead
     return Ahead(lambda stop: source, depth=depth, timeout_s=timeout_s, awaited=lambda: "step 3")
 
 
+def counted(made: list[int], count: int) -> Iterator[int]:
+    """The numbers to `count`; `made` has those that were asked for."""
+    for number in range(count):
+        made.append(number)
+        yield number
+
+
 def until(condition: object, limit_s: float = 5.0) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():  # type: ignore[operator]
@@ -30,13 +37,7 @@ def threads() -> list[threading.Thread]:
 
 def test_items_come_in_order_and_no_more_than_depth_are_made_early() -> None:
     made: list[int] = []
-
-    def source() -> Iterator[int]:
-        for number in range(20):
-            made.append(number)
-            yield number
-
-    found = ahead(source(), depth=3)
+    found = ahead(counted(made, 20), depth=3)
     until(lambda: len(made) == 4)  # three in the queue, one in hand
     time.sleep(0.05)
     assert len(made) == 4
@@ -46,13 +47,7 @@ def test_items_come_in_order_and_no_more_than_depth_are_made_early() -> None:
 
 def test_small_items_are_made_in_bursts() -> None:
     made: list[int] = []
-
-    def source() -> Iterator[int]:
-        for number in range(40):
-            made.append(number)
-            yield number
-
-    found = Ahead(lambda stop: source(), depth=2, timeout_s=10, awaited=lambda: "", nbytes=lambda _: 100)
+    found = Ahead(lambda stop: counted(made, 40), depth=2, timeout_s=10, awaited=lambda: "", nbytes=lambda _: 100)
     until(lambda: len(made) == BURST + 1)  # those on the shelf, and one in hand
     for number in range(BURST - 2):
         assert next(found) == number
@@ -65,13 +60,9 @@ def test_small_items_are_made_in_bursts() -> None:
 
 def test_large_items_are_not() -> None:
     made: list[int] = []
-
-    def source() -> Iterator[int]:
-        for number in range(40):
-            made.append(number)
-            yield number
-
-    found = Ahead(lambda stop: source(), depth=2, timeout_s=10, awaited=lambda: "", nbytes=lambda _: BURST_BYTES)
+    found = Ahead(
+        lambda stop: counted(made, 40), depth=2, timeout_s=10, awaited=lambda: "", nbytes=lambda _: BURST_BYTES
+    )
     until(lambda: len(made) == 3)
     time.sleep(0.05)
     assert len(made) == 3
