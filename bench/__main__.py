@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rounds=parsed.rounds,
         device=parsed.device,
         run=parsed.run,
+        keep=lambda rows: _write(parsed, about, rows, others=True),
     )
     run: Callable[[Options], list[Row]] = import_module(f"bench.{parsed.name}").run
     try:
@@ -53,12 +54,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bench {parsed.name} was interrupted; its systems are ended.", file=sys.stderr)
         return 130
     print(table(rows))
-    if parsed.json and all("missing" in row for row in rows):
+    if parsed.json and not _write(parsed, about, rows, others=bool(options.cases)):
         print(f"Nothing was measured; {parsed.json} is left as it is.", file=sys.stderr)
-    elif parsed.json:
-        others = other_cases(parsed.json, rows, about) if options.cases else []
-        write(parsed.json, result(parsed.name, about, [*others, *rows], quick=parsed.quick))
     return 0
+
+
+def _write(parsed: argparse.Namespace, about: dict[str, Any], rows: list[Row], *, others: bool) -> bool:
+    """Write the rows to --json, with the `others` cases that it has; False where none was measured."""
+    if parsed.json is None or all("missing" in row for row in rows):
+        return False
+    kept = other_cases(parsed.json, rows, about) if others else []
+    write(parsed.json, result(parsed.name, about, [*kept, *rows], quick=parsed.quick))
+    return True
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -83,6 +83,7 @@ def run(options: Options) -> list[Row]:
     for case in cases(options):
         if options.wants(str(case)):
             rows += run_case(case, names, options)
+            options.keep(rows)
     return rows
 
 

@@ -10,6 +10,7 @@ import math
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -65,18 +66,25 @@ def serve(
     tell: Callable[[], Message] = dict,
     facts: Message | None = None,
     line: Line | None = None,
+    together: Callable[[int], bool] = lambda steps: True,
 ) -> None:
     """Answer the harness until it says stop or goes away.
 
     `step()` does one whole step and returns its loss (of this rank, or of all); each call is timed by itself.
     `checksum()` sums what the steps left behind, `evaluate()` is the held-out loss, `tell()` what
-    there is to say by then. `facts` go into the first message.
+    there is to say by then. `facts` go into the first message. `together(steps)` is asked after so many steps in all,
+    and until it is true more steps are done, which then need not be done for the next command.
     """
     line = line or connect()
+    asked, done = 0, deque[tuple[float, float]]()
     line.send({"rank": rank, "world": world, "pid": os.getpid(), **(facts or {})})
     while (command := line.receive()) is not None:
         if command["do"] == "run":
-            line.send(_timed(step, command["steps"]))
+            asked += command["steps"]
+            while len(done) < command["steps"] or not together(asked):
+                done.append(_timed(step))
+            taken = [done.popleft() for _ in range(command["steps"])]
+            line.send({"seconds": [seconds for seconds, _ in taken], "losses": [loss for _, loss in taken]})
         elif command["do"] == "checksum":
             line.send({"checksum": checksum()})
         elif command["do"] == "evaluate":
@@ -88,12 +96,8 @@ def serve(
     line.close()
 
 
-def _timed(step: Callable[[], float], steps: int) -> Message:
-    seconds, losses = [], []
+def _timed(step: Callable[[], float]) -> tuple[float, float]:
+    """Seconds of a step, and its loss."""
     before = time.perf_counter()
-    for _ in range(steps):
-        losses.append(step())
-        now = time.perf_counter()
-        seconds.append(now - before)
-        before = now
-    return {"seconds": seconds, "losses": losses}
+    loss = step()
+    return time.perf_counter() - before, loss

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """`only` names the systems to run (empty: all); `rounds` overrides the benchmark's own number."""
+    """`only` names the systems to run (empty: all); `rounds` overrides the benchmark's own number.
+
+    `keep` is given the rows so far after each case of a long benchmark, so that what ends it early does not lose them.
+    """
 
     quick: bool = False
     only: tuple[str, ...] = ()
@@ -17,6 +21,7 @@ class Options:
     rounds: int | None = None
     device: str = "cpu"
     run: str | None = None
+    keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None
 
     def chosen(self, systems: Sequence[str], quick: Sequence[str]) -> list[str]:
         """The systems of `systems` to run, in their order; `quick` is the choice under --quick. Raises SystemExit."""

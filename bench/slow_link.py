@@ -60,6 +60,7 @@ def run(options: Options) -> list[Row]:
                 say(f"{wire} is skipped: {why_not}")
                 rows += [_missing(wire, name, str(why_not)) for name in here]
             rows += [_missing(wire, name, why) for name, why in absent.items()]
+            options.keep(rows)
     return rows
 
 

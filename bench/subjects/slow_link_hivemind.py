@@ -1,4 +1,8 @@
-"""A plain loop with `hivemind.Optimizer`, as in its quick start: local updates, averaged in the background."""
+"""A plain loop with `hivemind.Optimizer`, as in its quick start: local updates, averaged with whoever is there.
+
+A peer that has enough samples waits, inside a step, for the others to find that too. One that stood still after its
+part of a turn would leave it there until its time-out, so a rank that has done its steps goes on until both have.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +22,13 @@ MATCHMAKING_S, AVERAGING_S = 3.0, 30.0  # its own advice: 3 to 5 s for small loc
 MEETING_LIMIT_S = 60.0
 
 
+def meeting(case: SlowCase) -> Path:
+    return Path(case.folder) / f"hivemind-{os.environ['MASTER_PORT']}-{os.environ['BENCH_LINK']}"
+
+
 def meet(case: SlowCase, rank: int) -> hivemind.DHT:
     """Rank 0 is the first peer; its address, which has a new key in it each time, goes through a file."""
-    place = Path(case.folder) / f"hivemind-{os.environ['MASTER_PORT']}-{os.environ['BENCH_LINK']}"
+    place = meeting(case)
     if rank == 0:
         address = f"/ip4/{os.environ['MASTER_ADDR']}/tcp/{os.environ['MASTER_PORT']}"
         dht = hivemind.DHT(host_maddrs=[address], start=True)
@@ -55,6 +63,7 @@ def main() -> None:
         averaging_timeout=AVERAGING_S,
         averager_opts={"request_timeout": MATCHMAKING_S / 3},  # below the former, or it warns of deadlocks
     )
+    own, other = (meeting(case).with_suffix(f".{each}") for each in (rank, 1 - rank))
     batches, held_out = Ordered(case, rank), HeldOut(case)
     done = 0
 
@@ -69,6 +78,11 @@ def main() -> None:
         done += 1
         return loss.item()
 
+    def together(steps: int) -> bool:
+        """Say that this rank has done so many steps; whether the other has."""
+        own.write_text("." * steps)
+        return other.exists() and other.stat().st_size >= steps
+
     serve(
         step,
         rank=rank,
@@ -76,6 +90,7 @@ def main() -> None:
         checksum=lambda: work.checksum(module),
         evaluate=lambda: held_out.loss(module),
         tell=lambda: {"epochs": optimizer.local_epoch},
+        together=together,
     )
     optimizer.shutdown()
     dht.shutdown()

@@ -9,7 +9,9 @@ import pytest
 
 from bench import machine
 from bench.__main__ import BENCHMARKS, main
+from bench.options import Options
 from bench.rounds import Lost
+from bench.rows import Row
 
 
 def test_the_benchmarks_are_listed_one_a_line_without_torch() -> None:
@@ -44,6 +46,29 @@ def test_machine_and_load_come_first_and_the_json_holds_them(
     assert document["bench"] == "startup"
     assert document["quick"] is True
     assert set(document["machine"]) == {"cpu", "cores", "memory_bytes", "torch", "device", "load_average"}
+
+
+def test_what_was_measured_before_an_interruption_is_kept_beside_other_cases(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bench import startup
+    from bench.rows import row
+
+    file = tmp_path / "r.json"
+    one, two, three = (row(case, "bare", "seconds", "s", "lower", [1.0]) for case in ("one", "two", "three"))
+
+    def interrupted(options: Options) -> list[Row]:
+        options.keep([two])
+        options.keep([two, three])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(machine, "describe", lambda: {"torch": "2", "load_average": 1.0, "cpu": "X", "device": None})
+    monkeypatch.setattr(machine, "in_words", str)
+    monkeypatch.setattr(startup, "run", lambda options: [one, two | {"median": 9.0}])
+    assert main(["startup", "--json", str(file)]) == 0
+    monkeypatch.setattr(startup, "run", interrupted)
+    assert main(["startup", "--json", str(file)]) == 130
+    assert json.loads(file.read_text())["rows"] == [one, two, three]
 
 
 def test_a_benchmark_that_cannot_run_at_all_fails_in_one_line(

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.line import Line
+from bench.line import Line, serve
 
 LOOP = """
 import sys
@@ -44,6 +44,29 @@ def test_the_first_step_counts_as_part_of_the_first_turn(tmp_path: Path) -> None
             line.send({"do": "stop"})
             assert loop.wait(10.0) == 0
             line.close()
+
+
+def test_a_rank_goes_on_until_all_have_done_their_steps_and_needs_fewer_then() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        line, done = Line(ours), 0
+
+        def step() -> float:
+            nonlocal done
+            done += 1
+            return float(done)
+
+        def together(steps: int) -> bool:
+            """The other rank is two steps slower in the first turn."""
+            return steps > 3 or done >= steps + 2
+
+        for command in ({"do": "run", "steps": 3}, {"do": "run", "steps": 4}, {"do": "stop"}):
+            line.send(command)
+        serve(step, rank=0, world=2, line=Line(theirs), together=together)
+        answers = [line.receive(5.0) or {} for _ in range(3)]
+        assert [answer.get("losses") for answer in answers] == [None, [1.0, 2.0, 3.0], [4.0, 5.0, 6.0, 7.0]]
+        assert [len(answer["seconds"]) for answer in answers[1:]] == [3, 4]
+        assert done == 7
 
 
 def test_a_message_may_arrive_in_pieces() -> None:
