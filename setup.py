@@ -4,11 +4,13 @@ import sys
 
 from setuptools import Extension, setup
 
+LOOPS = ["-fno-tree-loop-distribute-patterns"]
 KERNEL = Extension(
     "shardwise.comm._shm",
     ["shardwise/comm/shm_kernel.c", "shardwise/comm/shm_module.c", "shardwise/comm/codec_kernel.c"],
     depends=["shardwise/comm/kernel.h"],
-    extra_compile_args=["-O3", "-fwrapv", "-fno-tree-loop-distribute-patterns", "-ffp-contract=off", "-pthread"],
+    # Without the two of floating point gcc fuses a product and a sum, which changes bits, and branches for every value.
+    extra_compile_args=["-O3", "-fwrapv", "-ffp-contract=off", "-fno-trapping-math", *LOOPS, "-pthread"],
     extra_link_args=["-pthread"],
     optional=True,
 )

@@ -64,8 +64,10 @@ def rows_of(found: Found) -> list[Row]:
 
 
 def _chosen(told: Message) -> str | None:
-    """What `sync=auto` says of its choice, and of giving it up."""
+    """What `sync=auto` says of its choice, and of giving it up; and whether its turns were too short for a check."""
     found = [str(told[event]["why"]) for event in ("sync_chosen", "sync_given_up") if event in told]
+    if "unchecked" in told:
+        found.append(f"Timed without the exact step that checks it every {told['unchecked']} steps.")
     return " ".join(found) or None
 
 

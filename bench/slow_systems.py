@@ -80,7 +80,7 @@ SYSTEMS = {
     "ddp:fp16": _torch("fp16"),
     "ddp:powersgd": _torch("powersgd", rank=4, start=150),
     "hivemind": System(
-        "hivemind", "pip install hivemind", "bench.subjects.slow_link_hivemind", {"every": MEETING}, period=MEETING
+        "hivemind", "pip install hivemind", "bench.subjects.slow_link_hivemind", {"every": MEETING}, period=2 * MEETING
     ),
     LIMIT: _torch("alone"),
 }

@@ -19,7 +19,7 @@ from bench.slow_systems import RANKS, SYSTEMS, System
 from bench.subject import Subject
 
 EVERY = 75  # steps between two looks at the held-out loss
-CHECK_TURN_S = 60.0  # how long a turn may be made for the sake of a check in it
+CHECK_TURN_S = 100.0  # how long a turn may be made for the sake of a check in it
 WARM_UP = 50  # steps at the beginning of a turn that are not timed: a period, if that is shorter
 SETTLE = 3  # steps at first that are not like the others
 START_S, STEP_S = 120.0, 10.0  # deadlines: to start both ranks, and for a step
@@ -64,8 +64,7 @@ class Player:
 
     def _whole_periods(self, step_s: float) -> int:
         """Enough that a check of what `sync=auto` chose is in each turn, where that does not take too long."""
-        check = self.told.get("sync_chosen", {}).get("check_every", 0)
-        with_check = check * step_s
+        with_check = self._check_every() * step_s
         wanted = max(self.turn_s, with_check if with_check <= CHECK_TURN_S else 0.0)
         return self.period * max(1, math.ceil(wanted / step_s / self.period))
 
@@ -91,8 +90,13 @@ class Player:
             try:
                 self.subject.launched.thaw()
                 self.told = told(self.subject)
+                if self.steps < (every := self._check_every()):
+                    self.told["unchecked"] = every
             except Lost as lost:
                 self.note = f"after the last round: {lost}"
+
+    def _check_every(self) -> int:
+        return int(self.told.get("sync_chosen", {}).get("check_every", 0))
 
     def run(self, steps: int, skip: int = 0) -> float:
         """Do steps; seconds a step of the slower rank, without the first `skip`. Raises Lost."""

@@ -2,6 +2,7 @@
  * do with them (one_pass.py): one pass over what a training step has long driven out of the caches, where torch needs ten.
  * No torch and no Python in it. */
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -17,13 +18,13 @@ static inline float scale_of(const float *x, uint64_t block, float weight, float
     float sums[LANES] = {0}, sum = 0, found;
     for (uint64_t at = 0; at < block; at += LANES)
         for (int i = 0; i < LANES; i++) {
-            uint32_t u; float size;
+            uint32_t u;
             memcpy(&u, x + at + i, 4);
             u &= 0x7fffffffu;                 /* as integers magnitudes are in order, with NaN above all */
-            memcpy(&size, &u, 4);
             largest[i] = u > largest[i] ? u : largest[i];
-            sums[i] += size * weight;
         }
+    for (uint64_t at = 0; at < block; at += LANES)
+        for (int i = 0; i < LANES; i++) sums[i] += fabsf(x[at + i]) * weight;
     for (int i = 0; i < LANES; i++) { most = largest[i] > most ? largest[i] : most; sum += sums[i]; }
     memcpy(&found, &most, 4);
     found /= divisor;
@@ -96,7 +97,8 @@ WIDE void replica_tell(float *const *parts, const uint64_t *sizes, const float *
     Walk w = {parts, sizes, 0, 0};
     for (uint64_t from = 0; from < numel; from += block, codes += bytes, scales++) {
         uint64_t n = numel - from < block ? numel - from : block, m;
-        float away[LONGEST] = {0};
+        float away[LONGEST];
+        for (uint64_t i = n; i < block; i++) away[i] = 0;
         for (uint64_t at = 0; at < n; at += m, w.at += m) {
             m = stretch(&w, n - at);
             const float *here = parts[w.part] + w.at, *there = meeting + from + at;
@@ -116,12 +118,13 @@ WIDE void replica_follow(float *const *parts, const uint64_t *sizes, float *meet
     Walk w = {parts, sizes, 0, 0};
     for (uint64_t from = 0, b = 0; from < numel; from += block, b++) {
         uint64_t n = numel - from < block ? numel - from : block, m;
-        float told[LONGEST], one[LONGEST], moved[LONGEST] = {0};
+        float told[LONGEST], one[LONGEST], moved[LONGEST];
         for (int r = 0; r < ranks; r++) {
             const char *said = received + r * payload;
             float *to = r == rank ? told : one;
             decode_block((const int8_t *)said + b * bytes, from_bf16(((const uint16_t *)(said + scales_at))[b]), to, block, bits);
-            for (uint64_t i = 0; i < block; i++) moved[i] = r ? moved[i] + to[i] : to[i];
+            if (r) for (uint64_t i = 0; i < block; i++) moved[i] += to[i];
+            else memcpy(moved, to, sizeof *to * block);
         }
         for (uint64_t i = 0; i < block; i++) moved[i] /= (float)ranks;
         if (velocity)

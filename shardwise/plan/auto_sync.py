@@ -10,8 +10,8 @@ from shardwise.spec.sync import Sync
 
 ENOUGH = 0.95  # expected of the rate without any synchronisation: what is reached is a few per cent less
 CODED_BYTES = {8: 1.01, 4: 0.53, 2: 0.26}  # of an element in so many bits, with its share of the block's scale
-SUM_S, MEET_S = 4e-9, 3e-9  # seconds of a core to encode, decode and apply an element of a sum, of replicas that meet
-SENDING_S = 2e-3  # seconds of the core that a message of 70 to 130 KB over gloo takes from what it computes
+SUM_S, MEET_S = 3.5e-9, 1.7e-9  # seconds to encode, decode and apply an element of a sum, of replicas that meet
+SENDING_S = 1.6e-3  # seconds that a message of 130 KB over gloo takes from what its core computes
 # Steps of a replica between two meetings, bits, and fragments that take turns. What is sent arrives a step later: of a
 # GPT of 1 M parameters the second step of delay cost more held-out loss than another step between two meetings.
 LOCAL: tuple[tuple[int, Literal[8, 4, 2], int], ...] = ((2, 8, 1), (2, 4, 1), (4, 4, 2), (4, 2, 2), (4, 2, 4))
@@ -19,7 +19,7 @@ LOCAL: tuple[tuple[int, Literal[8, 4, 2], int], ...] = ((2, 8, 1), (2, 4, 1), (4
 # 23 ms on the link took 31 beside a step.
 HIDES = 0.5
 BETA1, BETA2 = 0.8, 0.99  # bounds of Adam's betas while replicas step on their own
-CHECK_SHARE = 0.02  # of the time may go into exact steps that only check
+CHECK_SHARE = 0.01  # of the time may go into exact steps that only check
 
 
 class Measured(NamedTuple):

@@ -140,6 +140,9 @@ def test_what_was_trained_over_the_link_counts_as_it_went() -> None:
     assert auto["values"] == pytest.approx([real.seconds_to(2.02)])
     assert "trained over this link" in auto["note"]
     assert keyed["shardwise:auto", "tokens_per_s"]["note"] == "the link is slow."
+    told["shardwise:auto"]["unchecked"] = 900
+    note = by_key(rows_of(found(told=told)))["shardwise:auto", "tokens_per_s"]["note"]
+    assert note == "the link is slow. Timed without the exact step that checks it every 900 steps."
 
 
 def test_exact_systems_whose_losses_differ_say_so() -> None:
