@@ -1,0 +1,150 @@
+"""`Stage`: the part of a module between two cuts, run by the module's own `forward`.
+
+Every stage calls `forward` of the whole module. What comes before its own calls hands on what was received, or zeros
+that nobody reads; after its last call the run ends, and what later stages need leaves. So masks, positions and keyword
+arguments are made by the module's own code on each stage, and nothing has to be lifted out of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_unflatten
+
+from shardwise.errors import JobError
+from shardwise.models.inputs import call
+from shardwise.parallel.dataflow import Dataflow, Forward, Needs, Passed, Plain, Value, leaves_of
+
+
+class Part(NamedTuple):
+    """Calls `first..last` (inclusive) of a dataflow: the values that come in, those that go on, and the parameters and
+    buffers outside of calls that it reads."""
+
+    first: int
+    last: int
+    receives: tuple[Value, ...]
+    sends: tuple[Value, ...]
+    tensors: frozenset[str]
+
+
+class _Cut(BaseException):
+    """Ends the module's forward after the stage's last call; no `except Exception` of the user's holds it."""
+
+
+def parts(flow: Dataflow, firsts: Sequence[int]) -> list[Part]:
+    """The stages that begin with these calls, in ascending order, the first of them 0.
+
+    A value that several later stages need goes through all between. Raises JobError for more stages than calls.
+    """
+    count = len(flow.calls)
+    if list(firsts) != sorted(set(firsts)) or not firsts or firsts[0] != 0 or firsts[-1] >= count:
+        raise JobError(
+            f"the model cannot be cut before its calls {list(firsts)}: it has {count}, each stage needs one of its "
+            "own, and the first begins with call 0. Choose fewer stages."
+        )
+    ends = [*firsts[1:], count]
+    needs = [_needed(flow, first, end) for first, end in zip(firsts, ends, strict=True)]
+    return [
+        Part(first, end - 1, _live(needs[number:], first), _live(needs[number + 1 :], end), needs[number].tensors)
+        for number, (first, end) in enumerate(zip(firsts, ends, strict=True))
+    ]
+
+
+def _needed(flow: Dataflow, first: int, end: int) -> Needs:
+    found = flow.loss if end == len(flow.calls) else Needs()
+    for one in flow.calls[first:end]:
+        found |= one.needs
+    return found
+
+
+def _live(needs: Sequence[Needs], before: int) -> tuple[Value, ...]:
+    """What calls before `before` return and one of these needs."""
+    return tuple(sorted({value for each in needs for value in each.values if value[0] < before}))
+
+
+def held(module: nn.Module, flow: Dataflow, part: Part) -> list[str]:
+    """The parameters that the stage computes with; several stages hold a tied one."""
+    inside = tuple(f"{one.name}." for one in flow.calls[part.first : part.last + 1])
+    everywhere = module.named_parameters(remove_duplicate=False)
+    mine = {id(p) for name, p in everywhere if name.startswith(inside) or name in part.tensors}
+    return [name for name, p in module.named_parameters() if id(p) in mine]
+
+
+class Stage:
+    """`module` cut down, in place, to what `part` of it runs; parameters of other stages take no memory any more."""
+
+    def __init__(self, module: nn.Module, flow: Dataflow, part: Part) -> None:
+        self.module = module
+        self.part = part
+        self._flow = flow
+        self._calls = 0
+        self._values: dict[Value, Tensor] = {}
+        self._patched = {one.name: module.get_submodule(one.name) for one in flow.calls}
+        mine = set(held(module, flow, part))
+        for name, parameter in module.named_parameters():
+            if name not in mine:
+                parameter.requires_grad_(False)
+                parameter.data = parameter.new_zeros(()).expand(parameter.shape)
+        for name, inner in self._patched.items():
+            inner.forward = partial(self._visit, name, inner.forward)
+
+    def follow(self, flow: Dataflow) -> None:
+        """Be ready for batches of another shape, of which `flow` is. Raises JobError where the cut would be another."""
+        before, now = ([(one.name, one.needs) for one in each.calls] for each in (self._flow, flow))
+        if before != now or self._flow.loss != flow.loss:
+            raise JobError("with a batch of this shape the model runs other blocks than with the one it was cut with.")
+        self._flow = flow
+
+    def run(self, batch: Any, received: Sequence[Tensor], forward: Forward | None = None) -> Any:
+        """The module's output on the last stage; the tensors of `part.sends` on others. `received` has those of
+        `part.receives`. Raises JobError where the module calls its blocks in another order than when it was cut."""
+        self._calls = 0
+        self._values = dict(zip(self.part.receives, received, strict=True))
+        try:
+            return call(self.module, batch, forward)
+        except _Cut:
+            return tuple(self._values[value] for value in self.part.sends)
+        finally:
+            self._values = {}
+
+    def close(self) -> None:
+        """The module's parts run as they did before; what other stages hold stays away."""
+        for inner in self._patched.values():
+            del inner.forward
+
+    def _visit(self, name: str, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        number = self._calls
+        self._calls += 1
+        if number >= len(self._flow.calls) or self._flow.calls[number].name != name:
+            raise JobError(
+                f"'{name}' is call {number} of this batch, which it was not when the model was cut. The order in which "
+                "forward calls its parts must not depend on chance or on numbers."
+            )
+        if number < self.part.first:
+            return self._stand_in(number, leaves_of((args, kwargs)))
+        output = own(*args, **kwargs)
+        for index, leaf in enumerate(leaves_of(output)):
+            if (number, index) in self.part.sends:
+                self._values[number, index] = leaf
+        if number == self.part.last and number + 1 < len(self._flow.calls):
+            raise _Cut
+        return output
+
+    def _stand_in(self, number: int, given: Sequence[Any]) -> Any:
+        """What an earlier stage's call returned, as far as anything here depends on it."""
+        one = self._flow.calls[number]
+        leaves: list[Any] = []
+        for index, leaf in enumerate(one.leaves):
+            if isinstance(leaf, Passed):
+                leaves.append(given[leaf.argument])
+            elif isinstance(leaf, Plain):
+                leaves.append(leaf.value)
+            elif (number, index) in self._values:
+                leaves.append(self._values[number, index])
+            else:
+                leaves.append(torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape))
+        return tree_unflatten(leaves, one.tree)

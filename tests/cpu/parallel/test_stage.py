@@ -1,0 +1,196 @@
+"""A module in stages computes what it computes in one piece: the same loss and the same gradients, in float64."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from architectures import NAMES, Tied, batch, build, loss
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from shardwise.errors import JobError
+from shardwise.parallel.dataflow import dataflow
+from shardwise.parallel.stage import Stage, held, parts
+
+CLOSE = 1e-9  # relative
+QUICK = ("gpt2", "albert", "t5", "unet", "mixer", "tied")
+ALL = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NAMES]
+
+
+def even(calls: int, stages: int) -> list[int]:
+    return [calls * number // stages for number in range(stages)]
+
+
+def cut(module: nn.Module, one: Any, stages: int) -> list[Stage]:
+    """The stages, in one process. What a stage does not hold is NaN, so that nothing can read it unseen."""
+    flow = dataflow(copy.deepcopy(module), one, loss=loss)
+    found = []
+    for part in parts(flow, even(len(flow.calls), min(stages, len(flow.calls)))):
+        stage = Stage(copy.deepcopy(module), flow, part)
+        mine = held(stage.module, flow, part)
+        for name, parameter in stage.module.named_parameters():
+            if name not in mine:
+                assert parameter.untyped_storage().nbytes() == parameter.element_size()
+                parameter.data = parameter.new_full((), torch.nan).expand(parameter.shape)
+        found.append(stage)
+    return found
+
+
+def forward_and_backward(stages: list[Stage], one: Any) -> Tensor:
+    """The loss; gradients go back through what was handed on."""
+    received: tuple[Tensor, ...] = ()
+    came: list[tuple[Tensor, ...]] = []
+    left: list[Any] = []
+    for stage in stages:
+        received = tuple(each.detach().requires_grad_(each.is_floating_point()) for each in received)
+        came.append(received)
+        received = stage.run(one, received)
+        left.append(received)
+    total, _ = loss(received, one)
+    total.backward()
+    for output, following in reversed(list(zip(left[:-1], came[1:], strict=True))):
+        both = [(a, b.grad) for a, b in zip(output, following, strict=True) if b.grad is not None and a.requires_grad]
+        torch.autograd.backward([a for a, _ in both], [b for _, b in both])
+    return total.detach()
+
+
+@torch.no_grad()
+def whole(module: nn.Module, one: Any) -> float:
+    return float(loss(module(**one), one)[0])
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+@pytest.mark.parametrize("name", ALL)
+def test_stages_compute_what_the_whole_module_computes(name: str, stages: int) -> None:
+    module, one = build(name), batch(name)
+    several = cut(module, one, stages)
+    expected, _ = loss(module(**one), one)
+    expected.backward()
+    found = forward_and_backward(several, one)
+    assert float(found) == pytest.approx(float(expected.detach()), rel=CLOSE)
+    pieces = [dict(stage.module.named_parameters()) for stage in several]
+    for parameter_name, parameter in module.named_parameters():
+        there = [p.grad for p in (each[parameter_name] for each in pieces) if p.grad is not None]
+        if parameter.grad is None:
+            assert not any(float(grad.abs().max()) for grad in there), parameter_name
+            continue
+        assert there, parameter_name
+        error = (sum(there) - parameter.grad).norm() / (parameter.grad.norm() + 1e-12)  # type: ignore[union-attr]
+        assert error < CLOSE, parameter_name
+
+
+def test_what_crosses_is_what_later_stages_need_and_no_more() -> None:
+    flow = dataflow(build("unet"), batch("unet"), loss=loss)
+    assert [one.name for one in flow.calls] == ["down", "deeper", "middle.0", "middle.1", "up.0", "up.1", "top", "out"]
+    first, second, third = parts(flow, [0, 3, 6])
+    assert first.sends == second.receives == ((0, 0), (1, 0), (2, 0))
+    assert second.sends == third.receives == ((0, 0), (5, 0))
+    assert third.sends == ()
+
+
+def test_a_tied_parameter_and_those_of_the_model_itself_are_held_where_they_are_used() -> None:
+    module = build("tied")
+    flow = dataflow(module, batch("tied"), loss=loss)
+    first, second, third = parts(flow, [0, 1, 5])
+    assert held(module, flow, first) == ["words.weight"]
+    assert held(module, flow, second) == ["weights", *(f"blocks.{n}.{p}" for n in range(4) for p in ("weight", "bias"))]
+    assert held(module, flow, third) == ["weights", "words.weight"]  # the last block's output is weighed after it
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "unet"])
+def test_fake_tensors_show_the_same(name: str) -> None:
+    module, one = build(name), batch(name)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = copy.deepcopy(module, {id(t): mode.from_tensor(t) for t in module.buffers()})
+        seen = dataflow(fake, {key: mode.from_tensor(value) for key, value in one.items()}, loss=loss)
+    known = dataflow(module, one, loss=loss)
+    assert [call.needs for call in seen.calls] == [call.needs for call in known.calls]
+    assert [call.leaves for call in seen.calls] == [call.leaves for call in known.calls]
+    assert seen.loss == known.loss
+
+
+def test_a_batch_of_another_shape_is_followed() -> None:
+    module = build("tied")
+    stages = cut(module, batch("tied"), 3)
+    longer = {"input_ids": torch.arange(40).view(2, 20)}
+    flow = dataflow(copy.deepcopy(module), longer, loss=loss)
+    for stage in stages:
+        stage.follow(flow)
+    assert float(forward_and_backward(stages, longer)) == pytest.approx(whole(module, longer), rel=CLOSE)
+
+
+def test_after_close_the_module_runs_as_it_did() -> None:
+    module, one = build("tied"), batch("tied")
+    before = module(**one)["logits"]
+    flow = dataflow(copy.deepcopy(module), one, loss=loss)
+    stage = Stage(module, flow, parts(flow, [0])[0])
+    stage.close()
+    assert torch.equal(module(**one)["logits"], before)
+    assert not any("forward" in vars(inner) for inner in module.modules())
+
+
+class Looks(Tied):
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        x = self.words(input_ids)
+        for block in self.blocks:
+            x = block(x)
+            if x.mean() > 0:
+                x = -x
+        return {"logits": self.head(x)}
+
+
+class Keeping(nn.Linear):
+    kept: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = x * 2
+        return super().forward(self.kept)
+
+
+class Leaks(Tied):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Keeping(16, 16) for _ in range(4))
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        x = self.blocks[0](self.words(input_ids))
+        return {"logits": self.head(self.blocks[1](x) * self.blocks[0].kept)}
+
+
+@pytest.mark.parametrize(("kind", "said"), [(Looks, "looks at numbers"), (Leaks, "'blocks.0' leaves a tensor")])
+def test_what_cannot_be_cut_is_refused(kind: type[nn.Module], said: str) -> None:
+    with pytest.raises(JobError, match=said):
+        dataflow(kind(), {"input_ids": torch.arange(8).view(2, 4)}, loss=loss)
+
+
+class Shuffled(Tied):
+    turn = 0
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        x = self.words(input_ids)
+        for index in range(4):
+            x = self.blocks[(index + self.turn) % 4](x)
+        return {"logits": self.head(x)}
+
+
+@pytest.fixture
+def shuffled() -> Stage:
+    module = Shuffled()
+    flow = dataflow(module, {"input_ids": torch.arange(8).view(2, 4)}, loss=loss)
+    return Stage(module, flow, parts(flow, [0])[0])
+
+
+def test_another_order_of_blocks_is_an_error(shuffled: Stage) -> None:
+    shuffled.module.turn = 1  # type: ignore[assignment]
+    with pytest.raises(JobError, match="'blocks.1' is call 1 of this batch"):
+        shuffled.run({"input_ids": torch.arange(8).view(2, 4)}, ())
+
+
+@pytest.mark.parametrize("firsts", [[], [1, 2], [0, 2, 2], [0, 3, 2], [0, 6]])
+def test_more_stages_than_calls_and_other_nonsense_are_refused(firsts: list[int]) -> None:
+    flow = dataflow(build("tied"), batch("tied"), loss=loss)
+    with pytest.raises(JobError, match="it has 6"):
+        parts(flow, firsts)
