@@ -100,6 +100,13 @@ def dataflow(module: nn.Module, batch: Any, *, forward: Forward | None = None, l
     return Dataflow(tuple(watch.calls), watch.needs(wanted))
 
 
+def refuse_another(flow: Dataflow, known: Dataflow) -> None:
+    """Raise JobError where a batch of another shape flows otherwise than the one that the module was cut with."""
+    before, now = ([(one.name, one.needs) for one in each.calls] for each in (known, flow))
+    if before != now or known.loss != flow.loss:
+        raise JobError("with a batch of this shape the model runs other parts than with the one it was cut with.")
+
+
 def units(module: nn.Module, counts: Mapping[str, int]) -> list[str]:
     """The modules between whose calls one may cut: the repeated blocks, and what has parameters beside them.
 

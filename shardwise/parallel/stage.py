@@ -75,16 +75,17 @@ def held(module: nn.Module, flow: Dataflow, part: Part) -> list[str]:
 
 
 class Stage:
-    """`module` cut down, in place, to what `part` of it runs; parameters of other stages take no memory any more."""
+    """`module` cut down, in place, to what `parts` of it run, one at a time; what only others hold takes no memory."""
 
-    def __init__(self, module: nn.Module, flow: Dataflow, part: Part) -> None:
+    def __init__(self, module: nn.Module, flow: Dataflow, parts: Sequence[Part]) -> None:
         self.module = module
-        self.part = part
+        self.parts = tuple(parts)
         self._flow = flow
+        self._part = self.parts[0]
         self._calls = 0
         self._values: dict[Value, Tensor] = {}
         self._patched = {one.name: module.get_submodule(one.name) for one in flow.calls}
-        mine = set(held(module, flow, part))
+        mine = {name for part in parts for name in held(module, flow, part)}
         for name, parameter in module.named_parameters():
             if name not in mine:
                 parameter.requires_grad_(False)
@@ -92,22 +93,28 @@ class Stage:
         for name, inner in self._patched.items():
             inner.forward = partial(self._visit, name, inner.forward)
 
-    def follow(self, flow: Dataflow) -> None:
-        """Be ready for batches of another shape, of which `flow` is. Raises JobError where the cut would be another."""
-        before, now = ([(one.name, one.needs) for one in each.calls] for each in (self._flow, flow))
-        if before != now or self._flow.loss != flow.loss:
-            raise JobError("with a batch of this shape the model runs other blocks than with the one it was cut with.")
-        self._flow = flow
+    def run(
+        self,
+        number: int,
+        batch: Any,
+        received: Sequence[Tensor],
+        *,
+        flow: Dataflow | None = None,
+        forward: Forward | None = None,
+    ) -> Any:
+        """Part `number`: the module's output where it is the last one, else the tensors of its `sends`, contiguous.
 
-    def run(self, batch: Any, received: Sequence[Tensor], forward: Forward | None = None) -> Any:
-        """The module's output on the last stage; the tensors of `part.sends` on others. `received` has those of
-        `part.receives`. Raises JobError where the module calls its blocks in another order than when it was cut."""
+        `received` has those of its `receives`; `flow` is that of a batch of this shape, if it is another than the one
+        that the module was cut with. Raises JobError where the module calls its parts in another order than then.
+        """
+        self._flow = flow or self._flow
+        self._part = self.parts[number]
         self._calls = 0
-        self._values = dict(zip(self.part.receives, received, strict=True))
+        self._values = dict(zip(self._part.receives, received, strict=True))
         try:
             return call(self.module, batch, forward)
         except _Cut:
-            return tuple(self._values[value] for value in self.part.sends)
+            return tuple(_leaving(self._values[v], received) for v in self._part.sends)
         finally:
             self._values = {}
 
@@ -124,13 +131,13 @@ class Stage:
                 f"'{name}' is call {number} of this batch, which it was not when the model was cut. The order in which "
                 "forward calls its parts must not depend on chance or on numbers."
             )
-        if number < self.part.first:
+        if number < self._part.first:
             return self._stand_in(number, leaves_of((args, kwargs)))
         output = own(*args, **kwargs)
         for index, leaf in enumerate(leaves_of(output)):
-            if (number, index) in self.part.sends:
+            if (number, index) in self._part.sends:
                 self._values[number, index] = leaf
-        if number == self.part.last and number + 1 < len(self._flow.calls):
+        if number == self._part.last and number + 1 < len(self._flow.calls):
             raise _Cut
         return output
 
@@ -148,3 +155,11 @@ class Stage:
             else:
                 leaves.append(torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape))
         return tree_unflatten(leaves, one.tree)
+
+
+def _leaving(value: Tensor, received: Sequence[Tensor]) -> Tensor:
+    """Contiguous, and a tensor of its own: backward begins with it, and schedules detach it in place, which no view
+    allows."""
+    if value._is_view() or not value.is_contiguous() or any(value is each for each in received):
+        return value.clone(memory_format=torch.contiguous_format)
+    return value

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shardwise.errors import JobError
-from shardwise.parallel.dataflow import dataflow
+from shardwise.parallel.dataflow import Dataflow, dataflow, refuse_another
 from shardwise.parallel.stage import Stage, held, parts
 
 CLOSE = 1e-9  # relative
@@ -29,7 +29,7 @@ def cut(module: nn.Module, one: Any, stages: int) -> list[Stage]:
     flow = dataflow(copy.deepcopy(module), one, loss=loss)
     found = []
     for part in parts(flow, even(len(flow.calls), min(stages, len(flow.calls)))):
-        stage = Stage(copy.deepcopy(module), flow, part)
+        stage = Stage(copy.deepcopy(module), flow, [part])
         mine = held(stage.module, flow, part)
         for name, parameter in stage.module.named_parameters():
             if name not in mine:
@@ -39,7 +39,7 @@ def cut(module: nn.Module, one: Any, stages: int) -> list[Stage]:
     return found
 
 
-def forward_and_backward(stages: list[Stage], one: Any) -> Tensor:
+def forward_and_backward(stages: list[Stage], one: Any, flow: Dataflow | None = None) -> Tensor:
     """The loss; gradients go back through what was handed on."""
     received: tuple[Tensor, ...] = ()
     came: list[tuple[Tensor, ...]] = []
@@ -47,7 +47,7 @@ def forward_and_backward(stages: list[Stage], one: Any) -> Tensor:
     for stage in stages:
         received = tuple(each.detach().requires_grad_(each.is_floating_point()) for each in received)
         came.append(received)
-        received = stage.run(one, received)
+        received = stage.run(0, one, received, flow=flow)
         left.append(received)
     total, _ = loss(received, one)
     total.backward()
@@ -117,16 +117,15 @@ def test_a_batch_of_another_shape_is_followed() -> None:
     stages = cut(module, batch("tied"), 3)
     longer = {"input_ids": torch.arange(40).view(2, 20)}
     flow = dataflow(copy.deepcopy(module), longer, loss=loss)
-    for stage in stages:
-        stage.follow(flow)
-    assert float(forward_and_backward(stages, longer)) == pytest.approx(whole(module, longer), rel=CLOSE)
+    refuse_another(flow, dataflow(copy.deepcopy(module), batch("tied"), loss=loss))
+    assert float(forward_and_backward(stages, longer, flow)) == pytest.approx(whole(module, longer), rel=CLOSE)
 
 
 def test_after_close_the_module_runs_as_it_did() -> None:
     module, one = build("tied"), batch("tied")
     before = module(**one)["logits"]
     flow = dataflow(copy.deepcopy(module), one, loss=loss)
-    stage = Stage(module, flow, parts(flow, [0])[0])
+    stage = Stage(module, flow, parts(flow, [0]))
     stage.close()
     assert torch.equal(module(**one)["logits"], before)
     assert not any("forward" in vars(inner) for inner in module.modules())
@@ -180,13 +179,13 @@ class Shuffled(Tied):
 def shuffled() -> Stage:
     module = Shuffled()
     flow = dataflow(module, {"input_ids": torch.arange(8).view(2, 4)}, loss=loss)
-    return Stage(module, flow, parts(flow, [0])[0])
+    return Stage(module, flow, parts(flow, [0]))
 
 
 def test_another_order_of_blocks_is_an_error(shuffled: Stage) -> None:
     shuffled.module.turn = 1  # type: ignore[assignment]
     with pytest.raises(JobError, match="'blocks.1' is call 1 of this batch"):
-        shuffled.run({"input_ids": torch.arange(8).view(2, 4)}, ())
+        shuffled.run(0, {"input_ids": torch.arange(8).view(2, 4)}, ())
 
 
 @pytest.mark.parametrize("firsts", [[], [1, 2], [0, 2, 2], [0, 3, 2], [0, 6]])
