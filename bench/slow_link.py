@@ -108,17 +108,21 @@ def _on_wire(
     with Link(wire) as link:
         measured = link.measure(*([QUICK_PROBE_S] if options.quick else []))
         say(f"{wire}: {measured}; {rounds} rounds")
+        outcomes: dict[str, Outcome] = {}
         try:
-            for name in names:
-                say(f"  starting {name}")
-                system = SYSTEMS[name].briefly()
-                turn_s = QUICK_TURN_S if options.quick else TURN_S
-                players[name] = Player(subject(name, system, link, case), system.period, turn_s)
-                players[name].start(system.start)
-            ready = [name for name, player in players.items() if player.note is None]
-            outcomes = play(ready, rounds, lambda name: players[name].turn())
-            for player in players.values():
-                player.listen()
+            for several in _turns(names):
+                for name in several:
+                    say(f"  starting {name}")
+                    system = SYSTEMS[name].briefly()
+                    turn_s = QUICK_TURN_S if options.quick else TURN_S
+                    one = subject(name, system, link, case)
+                    players[name] = Player(one, system.period, turn_s, whole=system.whole)
+                    players[name].start(system.start)
+                ready = [name for name in several if players[name].note is None]
+                outcomes |= play(ready, rounds, lambda name: players[name].turn())
+                for name in several:
+                    players[name].listen()
+                close_all(players[name].subject for name in several)
         finally:
             close_all(player.subject for player in players.values())
     for name, player in players.items():
@@ -129,6 +133,12 @@ def _on_wire(
     step_s = {name: outcomes[name].values for name in names}
     told = {name: player.told for name, player in players.items()}
     return rows_of(Found(wire, measured, cases[0], step_s, curves | real, frozenset(real), told, lost))
+
+
+def _turns(names: Sequence[str]) -> list[list[str]]:
+    """Those that take turns, and each of those that do not get over being stopped for itself."""
+    taking = [name for name in names if not SYSTEMS[name].whole]
+    return [each for each in (taking, *([name] for name in names if SYSTEMS[name].whole)) if each]
 
 
 def _real(name: str, cases: Sequence[SlowCase], wire: Wire, outcome: Outcome) -> list[Curve]:

@@ -20,7 +20,7 @@ class System:
 
     `exact`: its losses must be DDP's. `start`: for that many steps it sends whole gradients, as DDP does. `period`:
     steps after which what it sends repeats. `adapts`: it looks at the link before it chooses, so its losses depend on
-    the link.
+    the link. `whole`: it does not get over being stopped, so all its rounds are played in one go.
     """
 
     package: str
@@ -31,6 +31,7 @@ class System:
     start: int = 0
     period: int = 1
     adapts: bool = False
+    whole: bool = False
 
     def briefly(self) -> System:
         """The same with its own way after three steps, which is all that is timed."""
@@ -80,7 +81,12 @@ SYSTEMS = {
     "ddp:fp16": _torch("fp16"),
     "ddp:powersgd": _torch("powersgd", rank=4, start=150),
     "hivemind": System(
-        "hivemind", "pip install hivemind", "bench.subjects.slow_link_hivemind", {"every": MEETING}, period=2 * MEETING
+        "hivemind",
+        "pip install hivemind",
+        "bench.subjects.slow_link_hivemind",
+        {"every": MEETING},
+        period=2 * MEETING,
+        whole=True,
     ),
     LIMIT: _torch("alone"),
 }

@@ -42,6 +42,7 @@ class Player:
     subject: Subject
     period: int  # steps after which what it sends repeats
     turn_s: float  # about how long the timed steps of a turn take; always whole periods
+    whole: bool = False  # it goes on between its turns
     steps: int = 0
     losses: list[float] = field(default_factory=list)
     told: Message = field(default_factory=dict)
@@ -56,7 +57,7 @@ class Player:
             self.period = max(self.period, self.told.get("sync_chosen", {}).get("every", 0))
             step_s = self.run(self.period)
             self.steps = self._whole_periods(step_s)
-            self.subject.launched.freeze()
+            self._stop()
         except Lost as lost:
             say(f"  {self.subject.name}: {lost}")
             self.note = f"before the first round: {lost}"
@@ -77,7 +78,7 @@ class Player:
             self.subject.launched.thaw()
             warm = min(self.period, WARM_UP)
             seconds = self.run(warm + self.steps, skip=warm)
-            self.subject.launched.freeze()
+            self._stop()
         except Lost as lost:
             self.note = str(lost)
             self.subject.close(grace_s=0)
@@ -94,6 +95,10 @@ class Player:
                     self.told["unchecked"] = every
             except Lost as lost:
                 self.note = f"after the last round: {lost}"
+
+    def _stop(self) -> None:
+        if not self.whole:
+            self.subject.launched.freeze()
 
     def _check_every(self) -> int:
         return int(self.told.get("sync_chosen", {}).get("check_every", 0))

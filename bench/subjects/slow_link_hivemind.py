@@ -61,6 +61,7 @@ def main() -> None:
         state_averaging_compression=hivemind.compression.Float16Compression(),
         matchmaking_time=MATCHMAKING_S,
         averaging_timeout=AVERAGING_S,
+        allreduce_timeout=AVERAGING_S,
         averager_opts={"request_timeout": MATCHMAKING_S / 3},  # below the former, or it warns of deadlocks
     )
     own, other = (meeting(case).with_suffix(f".{each}") for each in (rank, 1 - rank))
