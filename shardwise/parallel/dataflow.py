@@ -100,13 +100,6 @@ def dataflow(module: nn.Module, batch: Any, *, forward: Forward | None = None, l
     return Dataflow(tuple(watch.calls), watch.needs(wanted))
 
 
-def refuse_another(flow: Dataflow, known: Dataflow) -> None:
-    """Raise JobError where a batch of another shape flows otherwise than the one that the module was cut with."""
-    before, now = ([(one.name, one.needs) for one in each.calls] for each in (known, flow))
-    if before != now or known.loss != flow.loss:
-        raise JobError("with a batch of this shape the model runs other parts than with the one it was cut with.")
-
-
 def units(module: nn.Module, counts: Mapping[str, int]) -> list[str]:
     """The modules between whose calls one may cut: the repeated blocks, and what has parameters beside them.
 
@@ -156,6 +149,7 @@ class _Watch(TorchDispatchMode):
         self._kept: list[Tensor] = []
         self._inside: dict[int, str] = {}  # storages that a call made, or that follow from them, until it returns them
         self._open: str | None = None
+        self._made: set[int] = set()  # storages that the open call made
         self._versions: dict[int, int] = {}
         self._arguments: list[Any] = []
         self._needs = Needs()
@@ -166,10 +160,13 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         needs = self._of(given)
-        if func is torch.ops.aten._local_scalar_dense.default and self._open is None and needs.values:
+        if self._open is not None:
+            self._read(given)
+        elif func is torch.ops.aten._local_scalar_dense.default and (needs.values or needs.tensors):
             raise JobError(
-                "the model's forward looks at numbers that its parts computed (a value of a tensor decides what runs, "
-                "or becomes a number of Python), so no stage can run without the others. Keep them as tensors."
+                "the model's forward looks at numbers that its parts computed or that are trained (a value of a tensor "
+                "decides what runs, or becomes a number of Python), so no stage can run without the others. Keep them "
+                "as tensors."
             )
         out = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
@@ -179,7 +176,13 @@ class _Watch(TorchDispatchMode):
             self._note(tensor, needs)
             if secret is not None and _storage(tensor) not in old:
                 self._inside[_storage(tensor)] = secret
+                self._made.add(_storage(tensor))
         return out
+
+    def _read(self, given: list[Tensor]) -> None:
+        """What a call reads counts as what it needs, however it came by it."""
+        older = [tensor for tensor in given if _storage(tensor) not in self._made]
+        self._needs |= self.needs(older)
 
     def needs(self, value: Any) -> Needs:
         """What the tensors in `value` were computed from. Raises JobError for what a block did not return."""
@@ -192,6 +195,7 @@ class _Watch(TorchDispatchMode):
     def enter(self, name: str, _: nn.Module, args: Any, kwargs: Any) -> None:
         if self._open is None:
             self._open = name
+            self._made = set()
             self._arguments = leaves_of((args, kwargs))
             self._needs = self.needs(self._arguments)
             tensors = [leaf for leaf in self._arguments if isinstance(leaf, Tensor)]
@@ -201,6 +205,8 @@ class _Watch(TorchDispatchMode):
         if self._open != name:
             return
         self._open = None
+        for storage in self._made:
+            self._known[storage] = Needs()  # from now on what the call returned, leaf by leaf
         leaves, tree = tree_flatten(output, is_leaf=_whole)
         found = [self._leaf(leaf, number) for number, leaf in enumerate(leaves)]
         self.calls.append(Call(name, self._needs, tuple(found), tree))
@@ -212,8 +218,7 @@ class _Watch(TorchDispatchMode):
         if same and self._versions[id(leaf)] == leaf._version:
             return Passed(same[0])
         self._inside.pop(_storage(leaf), None)
-        self._known[_storage(leaf)] = Needs(values=frozenset([(len(self.calls), number)]))
-        self._kept.append(leaf)
+        self._note(leaf, Needs(values=frozenset([(len(self.calls), number)])))
         return Made(tuple(leaf.shape), leaf.dtype, leaf.device, leaf.requires_grad)
 
     def _note(self, tensor: Tensor, needs: Needs) -> None:

@@ -20,7 +20,7 @@ from shardwise.comm.group import Group
 from shardwise.comm.mesh import Axis
 from shardwise.parallel.alone import Alone
 from shardwise.parallel.fragments import Fragment, cut_evenly
-from shardwise.parallel.moments import bounded_moments, refuse_without_moments
+from shardwise.parallel.moments import bounded_moments, carry_over, refuse_without_moments
 from shardwise.parallel.reducer import Named, Reducer
 from shardwise.parallel.synchronise import Kept, KeptByAll, Optimizers, Synchroniser
 from shardwise.spec.sync import Sync
@@ -68,6 +68,8 @@ class LocalUpdates(Synchroniser):
         return super().start_step(optimizers)
 
     def finish_step(self, optimizers: Optimizers, *, skipped: bool) -> float:
+        if self._fragments and self._steps == self._sync.start:
+            carry_over(optimizers, *self._betas())
         with bounded_moments(optimizers, *self._betas()):
             super().finish_step(optimizers, skipped=skipped)
         self._steps += 1

@@ -40,3 +40,20 @@ def bounded_moments(optimizers: Optimizers, beta1: float, beta2: float) -> Itera
     finally:
         for group, betas in zip(groups, own, strict=True):
             group["betas"] = betas
+
+
+def carry_over(optimizers: Optimizers, beta1: float, beta2: float) -> None:
+    """What the moments hold of a few steps under their own betas becomes what they would hold under the bounded ones.
+
+    Adam divides by 1 - beta^step (Kingma and Ba 2015, section 3) with the beta of now: 25 steps with 0.95, then
+    taken for 25 with 0.99, would look like a gradient three times as large, and steps would be short for long.
+    """
+    for optimizer in optimizers:
+        for group in groups_with_moments([optimizer]):
+            (own1, own2), own = group["betas"], [optimizer.state.get(p, {}) for p in group["params"]]
+            with bounded_moments([optimizer], beta1, beta2):
+                new1, new2 = group["betas"]
+            for state in own:
+                if (step := float(state.get("step", 0))) > 0:
+                    state["exp_avg"].mul_((1 - new1**step) / (1 - own1**step))
+                    state["exp_avg_sq"].mul_((1 - new2**step) / (1 - own2**step))

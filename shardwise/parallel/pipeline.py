@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.pipelining._utils import extract_tensor_metas
 from torch.distributed.pipelining.schedules import (
     Schedule1F1B,
@@ -122,13 +122,16 @@ class _Piece(_PipelineStageBase):
         self._part: Part = stage.parts[part]
         self._head = head
         self._forward = forward
+        self._runtime_validate = False  # it knows one shape for all microbatches
         self._grads: list[Any] = []
+        self._done: set[int] = set()  # microbatches whose whole backward came first
         self._micros: list[Micro] = []
 
     def expect(self, micros: Sequence[Micro]) -> None:
         """Be ready for these microbatches; buffers are kept while their shapes are those of the step before."""
         self.has_backward = True
         self.clear_runtime_states()
+        self._done.clear()
         self.chunks = len(micros)
         before, self._micros = self._micros, list(micros)
         if len(before) == len(micros) and all(a.flow is b.flow for a, b in zip(before, micros, strict=True)):
@@ -155,10 +158,32 @@ class _Piece(_PipelineStageBase):
     def forward_maybe_with_nosync(self, *received: Any, **given: Any) -> Any:
         micro = self._micros[given["chunk"]]
         found = self._stage.run(self._number, micro.batch, received, flow=micro.flow, forward=self._forward)
-        return self._head(found, micro.batch) if self.is_last else found
+        if not self.is_last:
+            return found
+        value = self._head(found, micro.batch)
+        return value.clone() if value._is_view() else value  # schedules detach it in place
+
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
+        """Zero-bubble schedules ask for the inputs' gradients first. torch finds the parameters whose gradients are
+        then left on the way from an input that requires one, so a stage that has others does all of backward at once.
+        """
+        at_once = full_backward or not all_follow(self._micros[bwd_chunk_id].flow, self._part, self.submod)
+        super().backward_one_chunk(bwd_chunk_id, loss, full_backward=at_once, last_backward=last_backward)
+        if at_once and not full_backward:
+            self._done.add(bwd_chunk_id)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        if bwd_chunk_id in self._done:
+            self._done.remove(bwd_chunk_id)
+        else:
+            super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         self._stage_meta.input_grads = self._grads[bwd_chunk_id]
+        grads = self.bwd_cache.get(bwd_chunk_id, ())  # zero-bubble's are as autograd left them
+        self.bwd_cache[bwd_chunk_id] = tuple(None if grad is None else grad.contiguous() for grad in grads)
         return super().get_bwd_send_ops(bwd_chunk_id)
 
     def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
@@ -167,11 +192,33 @@ class _Piece(_PipelineStageBase):
     _prepare_backward_infra = _create_grad_recv_info = _prepare_forward_infra
 
 
-def _empty(flow: Dataflow, value: Value, device: torch.device) -> Tensor:
-    """Where a value of this flow is received."""
+def all_follow(flow: Dataflow, part: Part, module: nn.Module) -> bool:
+    """Whether all that is trained in a stage after the first is computed with something received that needs a gradient.
+    (The first stage receives nothing, and torch's way with it is another.)
+    """
+    if part.first == 0:
+        return True
+    trained = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+    following = {value for value in part.receives if _made(flow, value).requires_grad}
+    for number in range(part.first, part.last + 1):
+        needs = flow.calls[number].needs
+        if following & needs.values:
+            following |= {(number, index) for index in range(len(flow.calls[number].leaves))}
+        elif trained & needs.tensors:
+            return False
+    return True
+
+
+def _made(flow: Dataflow, value: Value) -> Made:
     number, index = value
     leaf = flow.calls[number].leaves[index]
     assert isinstance(leaf, Made), value
+    return leaf
+
+
+def _empty(flow: Dataflow, value: Value, device: torch.device) -> Tensor:
+    """Where a value of this flow is received."""
+    leaf = _made(flow, value)
     return torch.empty(leaf.shape, dtype=leaf.dtype, device=device, requires_grad=leaf.requires_grad)
 
 

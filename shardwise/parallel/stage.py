@@ -80,9 +80,10 @@ class Stage:
     def __init__(self, module: nn.Module, flow: Dataflow, parts: Sequence[Part]) -> None:
         self.module = module
         self.parts = tuple(parts)
-        self._flow = flow
+        self._flow = self._usual = flow
         self._part = self.parts[0]
         self._calls = 0
+        self._counting = False  # in `run`, and in none of the calls
         self._values: dict[Value, Tensor] = {}
         self._patched = {one.name: module.get_submodule(one.name) for one in flow.calls}
         mine = {name for part in parts for name in held(module, flow, part)}
@@ -107,8 +108,9 @@ class Stage:
         `received` has those of its `receives`; `flow` is that of a batch of this shape, if it is another than the one
         that the module was cut with. Raises JobError where the module calls its parts in another order than then.
         """
-        self._flow = flow or self._flow
+        self._flow = flow or self._usual
         self._part = self.parts[number]
+        self._counting = True
         self._calls = 0
         self._values = dict(zip(self._part.receives, received, strict=True))
         try:
@@ -117,6 +119,7 @@ class Stage:
             return tuple(_leaving(self._values[v], received) for v in self._part.sends)
         finally:
             self._values = {}
+            self._counting = False
 
     def close(self) -> None:
         """The module's parts run as they did before; what other stages hold stays away."""
@@ -124,6 +127,8 @@ class Stage:
             del inner.forward
 
     def _visit(self, name: str, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self._counting:  # a part of a part, or one that backward computes again
+            return own(*args, **kwargs)
         number = self._calls
         self._calls += 1
         if number >= len(self._flow.calls) or self._flow.calls[number].name != name:
@@ -133,7 +138,9 @@ class Stage:
             )
         if number < self._part.first:
             return self._stand_in(number, leaves_of((args, kwargs)))
+        self._counting = False
         output = own(*args, **kwargs)
+        self._counting = True
         for index, leaf in enumerate(leaves_of(output)):
             if (number, index) in self._part.sends:
                 self._values[number, index] = leaf

@@ -156,12 +156,48 @@ class Tied(nn.Module):
         return {"logits": self.head(x)}
 
 
+class Frozen(Tied):
+    """Its embedding, which is its head too, is not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words.requires_grad_(False)
+        self.weights.requires_grad_(False)
+
+
+class Halves(nn.Module):
+    """Its first layer returns two views of one tensor, of which the last layer sees the first again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.fork = nn.Embedding(100, 16), Fork()
+        self.blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+        self.head = nn.Linear(16, 100)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        first, x = self.fork(self.words(input_ids))
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return self.head(x * first)
+
+
+class Fork(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = nn.Linear(16, 32)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.both(x).chunk(2, -1)
+
+
 PLAIN: dict[str, Callable[[], nn.Module]] = {
     "unet": UNet,
     "lstm": Recurrent,
     "transformer": Translator,
     "mixer": Mixer,
     "tied": Tied,
+    "frozen": Frozen,
+    "halves": Halves,
 }
 NAMES = (*PUBLISHED, *PLAIN)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from shardwise.errors import SpecError
-from shardwise.parallel.moments import bounded_moments, groups_with_moments
+from shardwise.parallel.moments import bounded_moments, carry_over, groups_with_moments
 from shardwise.parallel.parallelize import parallelize
 from shardwise.parallel.step import step
 from shardwise.parallel.synchronise import KeptByAll
@@ -133,6 +133,21 @@ def refused(rank: Rank) -> str:
     with pytest.raises(SpecError) as caught:
         train(rank, Sync(word="local", method="post_local", start=5, every=2, beta1=0.8), steps=1)
     return str(caught.value)
+
+
+def test_an_equal_gradient_moves_a_parameter_as_far_after_the_betas_changed() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    optimizer = torch.optim.AdamW([parameter], lr=1.0, betas=(0.9, 0.95), weight_decay=0.0, eps=0.0)
+    moved = []
+    for number in range(12):
+        parameter.grad = torch.full_like(parameter, 2.0)
+        before = parameter.detach().clone()
+        if number == 5:
+            carry_over([optimizer], 0.8, 0.99)
+        with bounded_moments([optimizer], *((0.8, 0.99) if number >= 5 else (0.0, 0.0))):
+            optimizer.step()
+        moved.append(float((parameter.detach() - before)[0]))
+    assert moved == pytest.approx([-1.0] * 12, rel=1e-9)
 
 
 def test_bounds_of_moments_that_no_optimizer_has_are_refused_at_once() -> None:
