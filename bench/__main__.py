@@ -12,7 +12,7 @@ from typing import Any
 from bench import machine
 from bench.options import Options
 from bench.rounds import Lost
-from bench.rows import Row, other_cases, result, table, write
+from bench.rows import Row, of_another, other_cases, result, table, write
 
 BENCHMARKS = {
     "data_parallel": "seconds a training step, 2 ranks, against DDP, four frameworks and a bare barrier",
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rounds=parsed.rounds,
         device=parsed.device,
         run=parsed.run,
-        keep=lambda rows: _write(parsed, about, rows, others=True),
+        keep=lambda rows: _keep(parsed, about, rows),
     )
     run: Callable[[Options], list[Row]] = import_module(f"bench.{parsed.name}").run
     try:
@@ -57,6 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.json and not _write(parsed, about, rows, others=bool(options.cases)):
         print(f"Nothing was measured; {parsed.json} is left as it is.", file=sys.stderr)
     return 0
+
+
+def _keep(parsed: argparse.Namespace, about: dict[str, Any], rows: list[Row]) -> None:
+    """Write the rows of a run that goes on, unless --json has the whole result of another machine."""
+    if parsed.json and not of_another(parsed.json, about):
+        _write(parsed, about, rows, others=True)
 
 
 def _write(parsed: argparse.Namespace, about: dict[str, Any], rows: list[Row], *, others: bool) -> bool:

@@ -59,17 +59,19 @@ def result(bench: str, machine: dict[str, Any], rows: Iterable[Row], *, quick: b
     return {"bench": bench, "quick": quick, "machine": machine, "rows": list(rows)}
 
 
+def of_another(path: str | os.PathLike[str], machine: dict[str, Any]) -> bool:
+    """Whether there is a result from another kind of machine."""
+    file = Path(path)
+    kinds = [json.loads(file.read_text())["machine"], machine] if file.exists() else []
+    return len({json.dumps({**kind, "load_average": None}, sort_keys=True) for kind in kinds}) > 1
+
+
 def other_cases(path: str | os.PathLike[str], rows: Sequence[Row], machine: dict[str, Any]) -> list[Row]:
     """The rows of a result written earlier on this kind of machine, but for the cases of `rows`."""
     file = Path(path)
-    if not file.exists():
+    if not file.exists() or of_another(path, machine):
         return []
     old = json.loads(file.read_text())
-    changing = ("load_average",)
-    if {k: v for k, v in old["machine"].items() if k not in changing} != {
-        k: v for k, v in machine.items() if k not in changing
-    }:
-        return []
     again = {each["case"] for each in rows}
     return [each for each in old["rows"] if each["case"] not in again]
 

@@ -54,6 +54,7 @@ def carry_over(optimizers: Optimizers, beta1: float, beta2: float) -> None:
             with bounded_moments([optimizer], beta1, beta2):
                 new1, new2 = group["betas"]
             for state in own:
-                if (step := float(state.get("step", 0))) > 0:
-                    state["exp_avg"].mul_((1 - new1**step) / (1 - own1**step))
-                    state["exp_avg_sq"].mul_((1 - new2**step) / (1 - own2**step))
+                step = float(state.get("step", 0))
+                for moment, before, now in (("exp_avg", own1, new1), ("exp_avg_sq", own2, new2)):
+                    if step > 0 and moment in state:  # Adamax has no second one
+                        state[moment].mul_((1 - now**step) / (1 - before**step))

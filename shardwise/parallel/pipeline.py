@@ -25,6 +25,8 @@ from torch.distributed.pipelining.stage import _PipelineStageBase, _RecvInfo
 
 from shardwise.parallel.dataflow import Dataflow, Forward, Made, Value
 from shardwise.parallel.stage import Part, Stage
+from shardwise.spec.layout import stage_rank
+from shardwise.spec.plan import Plan
 
 Head = Callable[[Any, Any], Tensor]  # (output, batch) -> what backward begins with, a scalar
 NAIVE = "naive"
@@ -34,8 +36,6 @@ SEVERAL: dict[str, Any] = {
     "zero_bubble": ScheduleInterleavedZeroBubble,
     "zbv": ScheduleZBVZeroBubble,
 }
-SCHEDULES = (*SINGLE, *SEVERAL)
-V_SHAPED = ("zbv",)  # the second half of the stages runs back from the last rank to the first
 
 
 class Micro(NamedTuple):
@@ -45,12 +45,9 @@ class Micro(NamedTuple):
     flow: Dataflow
 
 
-def stages_of(rank: int, ranks: int, virtual: int, schedule: str) -> list[int]:
-    """The numbers of the stages that `rank` of a pipeline runs."""
-    turns = range(virtual)
-    if schedule in V_SHAPED:
-        return [turn * ranks + (ranks - 1 - rank if turn % 2 else rank) for turn in turns]
-    return [turn * ranks + rank for turn in turns]
+def stages_of(place: int, plan: Plan) -> list[int]:
+    """The numbers of the stages that `place` on the pipeline axis runs."""
+    return [number for number in range(plan.pipeline * plan.virtual) if stage_rank(number, plan) == place]
 
 
 class Pipeline:
@@ -124,6 +121,7 @@ class _Piece(_PipelineStageBase):
         self._forward = forward
         self._runtime_validate = False  # it knows one shape for all microbatches
         self._grads: list[Any] = []
+        self._follow: list[bool] = []  # whether the gradients of parameters may be put off
         self._done: set[int] = set()  # microbatches whose whole backward came first
         self._micros: list[Micro] = []
 
@@ -141,6 +139,7 @@ class _Piece(_PipelineStageBase):
         sends = {i: [self.stage_index + 1] for i in range(len(self._part.sends))}
         self.act_send_info = {0: []} if self.is_last else sends
         self._grads = []
+        self._follow = [all_follow(flow, self._part, self.submod) for _, flow in micros]
         for chunk, (_, flow) in enumerate(micros):
             inputs = [_empty(flow, value, self.device) for value in self._part.receives]
             outputs = [_empty(flow, value, self.device) for value in self._part.sends]
@@ -169,7 +168,7 @@ class _Piece(_PipelineStageBase):
         """Zero-bubble schedules ask for the inputs' gradients first. torch finds the parameters whose gradients are
         then left on the way from an input that requires one, so a stage that has others does all of backward at once.
         """
-        at_once = full_backward or not all_follow(self._micros[bwd_chunk_id].flow, self._part, self.submod)
+        at_once = full_backward or not self._follow[bwd_chunk_id]
         super().backward_one_chunk(bwd_chunk_id, loss, full_backward=at_once, last_backward=last_backward)
         if at_once and not full_backward:
             self._done.add(bwd_chunk_id)

@@ -85,13 +85,14 @@ class Stage:
         self._calls = 0
         self._counting = False  # in `run`, and in none of the calls
         self._values: dict[Value, Tensor] = {}
-        self._patched = {one.name: module.get_submodule(one.name) for one in flow.calls}
+        parts_by_name = {one.name: module.get_submodule(one.name) for one in flow.calls}
+        self._patched = [(inner, vars(inner).get("forward")) for inner in parts_by_name.values()]
         mine = {name for part in parts for name in held(module, flow, part)}
         for name, parameter in module.named_parameters():
             if name not in mine:
                 parameter.requires_grad_(False)
                 parameter.data = parameter.new_zeros(()).expand(parameter.shape)
-        for name, inner in self._patched.items():
+        for name, inner in parts_by_name.items():
             inner.forward = partial(self._visit, name, inner.forward)
 
     def run(
@@ -123,8 +124,10 @@ class Stage:
 
     def close(self) -> None:
         """The module's parts run as they did before; what other stages hold stays away."""
-        for inner in self._patched.values():
+        for inner, replaced in self._patched:
             del inner.forward
+            if replaced is not None:  # the user's own, on this one object
+                inner.forward = replaced
 
     def _visit(self, name: str, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._counting:  # a part of a part, or one that backward computes again
@@ -139,8 +142,10 @@ class Stage:
         if number < self._part.first:
             return self._stand_in(number, leaves_of((args, kwargs)))
         self._counting = False
-        output = own(*args, **kwargs)
-        self._counting = True
+        try:
+            output = own(*args, **kwargs)
+        finally:
+            self._counting = True
         for index, leaf in enumerate(leaves_of(output)):
             if (number, index) in self._part.sends:
                 self._values[number, index] = leaf

@@ -85,7 +85,7 @@ def holds(name: str, plan: Plan, rank: int) -> bool:
     if plan.pipeline == 1 or not plan.stages:
         return True
     here = plan.coordinates(rank)["pipeline"]
-    mine = [stage for index, stage in enumerate(plan.stages) if _stage_rank(index, plan) == here]
+    mine = [stage for index, stage in enumerate(plan.stages) if stage_rank(index, plan) == here]
     tensor = parameter(name)
     block = next(
         (i for i, prefix in enumerate(plan.blocks) if tensor.startswith(prefix + ".") or tensor == prefix), None
@@ -287,7 +287,8 @@ def _window(spans: list[Span], parts: int, index: int) -> list[Span]:
     return found
 
 
-def _stage_rank(stage: int, plan: Plan) -> int:
+def stage_rank(stage: int, plan: Plan) -> int:
+    """The place on the pipeline axis that runs stage number `stage` of `pipeline` x `virtual`."""
     turn, place = divmod(stage, plan.pipeline)
     back = turn % 2 == 1 and plan.schedule.lower() in _V_SCHEDULES
     return plan.pipeline - 1 - place if back else place

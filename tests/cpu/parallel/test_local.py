@@ -150,6 +150,17 @@ def test_an_equal_gradient_moves_a_parameter_as_far_after_the_betas_changed() ->
     assert moved == pytest.approx([-1.0] * 12, rel=1e-9)
 
 
+def test_an_optimizer_without_a_second_moment_keeps_its_first() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.Adamax([parameter], betas=(0.9, 0.95))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    carry_over([optimizer], 0.8, 0.99)
+    state = optimizer.state[parameter]
+    assert state["exp_avg"].tolist() == pytest.approx([0.2] * 3)  # what one step with 0.8 leaves
+    assert state["exp_inf"].tolist() == pytest.approx([1.0] * 3)
+
+
 def test_bounds_of_moments_that_no_optimizer_has_are_refused_at_once() -> None:
     assert all("the job has none" in text for text in run_ranks(2, refused))
 

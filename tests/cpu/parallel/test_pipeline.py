@@ -57,14 +57,15 @@ def flows(module: nn.Module, micros: list[list[dict[str, Tensor]]]) -> list[list
 
 def on_ranks(rank: Rank, name: str, schedule: str, virtual: int) -> Any:
     module = build(name)
-    mesh = rank.mesh(Plan(pipeline=rank.world))
+    plan = Plan(pipeline=rank.world, virtual=virtual, schedule=schedule)
+    mesh = rank.mesh(plan)
     group = mesh.axis("pipeline").group
     assert group is not None
     steps = flows(module, batches(name))
     flow = steps[0][0].flow
     count = rank.world * virtual
     every = parts(flow, [len(flow.calls) * number // count for number in range(count)])
-    numbers = stages_of(rank.rank, rank.world, virtual, schedule)
+    numbers = stages_of(rank.rank, plan)
     mine = [every[number] for number in numbers]
     names = {parameter for part in mine for parameter in held(module, flow, part)}
     pipeline = Pipeline(

@@ -132,6 +132,14 @@ def test_after_close_the_module_runs_as_it_did() -> None:
     assert not any("forward" in vars(inner) for inner in module.modules())
 
 
+def test_a_forward_of_an_object_s_own_is_there_again_after_close() -> None:
+    module, one = build("tied"), batch("tied")
+    own = module.head.forward = lambda x: x.sum(-1, keepdim=True)
+    flow = dataflow(copy.deepcopy(module), one, loss=loss)
+    Stage(module, flow, parts(flow, [0])).close()
+    assert module.head.forward is own
+
+
 class Looks(Tied):
     def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
         x = self.words(input_ids)

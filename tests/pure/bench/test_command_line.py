@@ -69,6 +69,10 @@ def test_what_was_measured_before_an_interruption_is_kept_beside_other_cases(
     monkeypatch.setattr(startup, "run", interrupted)
     assert main(["startup", "--json", str(file)]) == 130
     assert json.loads(file.read_text())["rows"] == [one, two, three]
+    monkeypatch.setattr(machine, "describe", lambda: {"torch": "3", "load_average": 1.0, "cpu": "X", "device": None})
+    monkeypatch.setattr(startup, "run", interrupted)
+    assert main(["startup", "--json", str(file)]) == 130
+    assert json.loads(file.read_text())["machine"]["torch"] == "2"  # the whole result of another machine
 
 
 def test_a_benchmark_that_cannot_run_at_all_fails_in_one_line(
