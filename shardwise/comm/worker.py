@@ -25,8 +25,13 @@ class Job:
         self._done = False
         self._failure: Exception | None = None
 
-    def run(self, failure: Exception | None) -> Exception | None:
-        """Run it, unless there was a failure before; the failure, if any."""
+    def run(
+        self, failure: Exception | None, failed: Callable[[Exception], None] = lambda error: None
+    ) -> Exception | None:
+        """Run it, unless there was a failure before; the failure, if any.
+
+        `failed(error)` is called at a new one, before whoever waits is woken: else the two would race to say why.
+        """
         try:
             if failure is not None:
                 raise failure
@@ -34,6 +39,9 @@ class Job:
             self._call()
         except Exception as error:  # it belongs to whoever waits
             self._failure = error
+            if failure is None:
+                with contextlib.suppress(Exception):  # whoever waits is woken whatever comes of it
+                    failed(error)
         self._call = None  # and with it the tensors
         self._done = True
         self._ended.release()
@@ -105,7 +113,7 @@ class Unhurried:
 class Worker:
     """Runs jobs in the order in which they were given. After one has failed all others fail with the same error.
 
-    `failed(error)` is called once, on the thread, at the first failure.
+    `failed(error)` is called once, on the thread, at the first failure and before anybody sees it.
     """
 
     def __init__(self, name: str, failed: Callable[[Exception], None] = lambda error: None) -> None:
@@ -135,8 +143,5 @@ class Worker:
                 job = self._jobs.get()
                 if job is None:
                     return
-                had, failure = failure, job.run(failure)
+                failure = job.run(failure, self._failed)
                 del job
-                if failure is not None and had is None:
-                    with contextlib.suppress(RuntimeError):
-                        self._failed(failure)
