@@ -14,7 +14,7 @@ from torch import nn
 from shardwise.checkpoint.manifest import Manifest
 from shardwise.checkpoint.tensorfile import dtype_of
 from shardwise.errors import CheckpointError
-from shardwise.spec.layout import local_shape
+from shardwise.spec.layout import holds, local_shape
 from shardwise.spec.plan import Plan
 
 _HOW = ("foreach", "fused", "capturable", "differentiable")  # how an optimizer computes here, not what
@@ -88,12 +88,22 @@ def optimizer_tensors(
 
 
 def collect(
-    module: nn.Module, optimizers: Sequence[torch.optim.Optimizer] = ()
+    module: nn.Module, optimizers: Sequence[torch.optim.Optimizer] = (), *, plan: Plan | None = None, rank: int = 0
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """All tensors of a module and its optimizers, and the scalars `optimizers`, `tied` and `extra_state`."""
+    """All tensors of a module and its optimizers that `rank` has under the plan, and the scalars `optimizers`, `tied`
+    and `extra_state`."""
     tensors, described = optimizer_tensors(optimizers, module)
     scalars = {"optimizers": described, "tied": tied_names(module), "extra_state": extra_state(module)}
-    return module_tensors(module) | tensors, scalars
+    every = module_tensors(module) | tensors
+    return {n: t for n, t in every.items() if plan is None or holds(n, plan, rank)}, scalars
+
+
+def merge_optimizers(described: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One description of what several ranks have described: each knows the state of the parameters that it holds."""
+    merged = [dict(one) for one in described[0]]
+    for number, one in enumerate(merged):
+        one["state"] = {name: state for each in described for name, state in each[number]["state"].items()}
+    return merged
 
 
 class OptimizerLoad:

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ BEFORE, AFTER, WHOLE = "before", "after", "model"
 # More than one sample, which batch normalisation refuses, and a number that is hardly another tensor's first dimension.
 FAKE_SAMPLES, REAL_SAMPLES = 7, 3
 
+T = TypeVar("T")
 Build = nn.Module | Callable[[], nn.Module]
 Forward = Callable[[nn.Module, Any], Any]
 Loss = Callable[[Any, Any], tuple[Any, Any]]
@@ -47,13 +48,23 @@ def profile(build: Build, example: Any, *, forward: Forward | None = None, loss:
     module's own error when that fails too. The first call in a process takes a second longer: torch imports its
     compiler.
     """
+
+    def measure(module: nn.Module, batch: Any, samples: int) -> ModelProfile:
+        return Measurement(forward, loss).run(module, batch, samples, describe(example), find_blocks(module))
+
+    return on_samples(measure, build, example)
+
+
+def on_samples(measure: Callable[[nn.Module, Any, int], T], build: Build, example: Any) -> T:
+    """`measure(module, batch, samples)` on fake tensors and a module of fake parameters, in training mode; on a few
+    real samples where that fails. Raises JobError with the module's own error when both fail."""
     samples = batch_size(example)
     errors: dict[str, Exception] = {}
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         for name, run in RUNS.items():
             try:
                 with _quiet():
-                    return run(_Measurement(forward, loss), build, example, samples)
+                    return run(measure, build, example, samples)
             except ShardwiseError:
                 raise
             except Exception as error:
@@ -95,7 +106,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(inner)
 
 
-class _Measurement:
+class Measurement:
     """One forward pass, watched. `place` is the block that runs now; a pair (block, True) the gap after it."""
 
     def __init__(self, forward: Forward | None, loss: Loss | None) -> None:
@@ -109,12 +120,10 @@ class _Measurement:
         self.counter, self.counted_flops = flop_counter(), 0
         self.ran: dict[str, None] = {}  # the blocks in the order in which they first ran
 
-    def run(self, module: nn.Module, batch: Any, samples: int, sample: str) -> ModelProfile:
-        """Forward `batch` through `module` in training mode with every hook in place."""
-        if not isinstance(module, nn.Module):
-            raise JobError(f"model() of the job returned {type(module).__name__}; it must return an nn.Module.")
-        module.train()
-        blocks = find_blocks(module)
+    def run(
+        self, module: nn.Module, batch: Any, samples: int, sample: str, blocks: dict[str, nn.Module]
+    ) -> ModelProfile:
+        """Forward `batch` through `module` with every hook in place; a chain of these blocks and what is around."""
         fixed = {_storage(tensor) for tensor in (*module.parameters(), *module.buffers())}
         with ExitStack() as stack:
             for handle in self._watch(module, blocks, samples):
@@ -225,21 +234,28 @@ def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _on_fake(measurement: _Measurement, build: Build, example: Any, samples: int) -> ModelProfile:
+def _on_fake(measure: Callable[[nn.Module, Any, int], T], build: Build, example: Any, samples: int) -> T:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     batch = _map_tensors(example, lambda tensor: mode.from_tensor(_resized(tensor, samples, FAKE_SAMPLES)))
     with mode:
-        module = _empty_copy(build) if isinstance(build, nn.Module) else build()
-        return measurement.run(module, batch, FAKE_SAMPLES, describe(example))
+        module = _empty_copy(build) if isinstance(build, nn.Module) else _built(build)
+        return measure(module.train(), batch, FAKE_SAMPLES)
 
 
-def _on_real(measurement: _Measurement, build: Build, example: Any, samples: int) -> ModelProfile:
+def _on_real(measure: Callable[[nn.Module, Any, int], T], build: Build, example: Any, samples: int) -> T:
     batch = _map_tensors(example, lambda tensor: _resized(tensor, samples, REAL_SAMPLES))
-    module = copy.deepcopy(build) if isinstance(build, nn.Module) else build()
-    return measurement.run(module.cpu(), batch, REAL_SAMPLES, describe(example))
+    module = copy.deepcopy(build) if isinstance(build, nn.Module) else _built(build)
+    return measure(module.cpu().train(), batch, REAL_SAMPLES)
 
 
-RUNS = {"fake": _on_fake, "real": _on_real}
+RUNS: dict[str, Any] = {"fake": _on_fake, "real": _on_real}
+
+
+def _built(build: Callable[[], nn.Module]) -> nn.Module:
+    module = build()
+    if not isinstance(module, nn.Module):
+        raise JobError(f"model() of the job returned {type(module).__name__}; it must return an nn.Module.")
+    return module
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,11 @@ class Alone:
 
     def __init__(self, named: Callable[[], Named]) -> None:
         self._named = named
-        self._parameters: list[nn.Parameter] = []
+        self._parameters: dict[str, nn.Parameter] = {}
         self._reports: list[Tensor] = []
 
     def begin(self) -> None:
-        self._parameters = [p for _, p in self._named()]
+        self._parameters = dict(self._named())
         self.clear()
         self._reports = []
 
@@ -33,6 +33,9 @@ class Alone:
     def report(self, slot: int, loss_sum: Tensor, weight: Tensor) -> None:
         self._reports.append(statistics.pair(loss_sum, weight))
 
+    def collect(self, names: Collection[str]) -> None:
+        return None
+
     def finish(self, *, mean: bool = False) -> tuple[Totals, float]:
         pair = torch.stack(self._reports).sum(0).tolist() if self._reports else [0.0, 0.0]
         return statistics.total([(pair[0], pair[1])], tree=False), 0.0
@@ -41,15 +44,15 @@ class Alone:
     def no_sync(self) -> Iterator[None]:
         yield
 
-    def norm(self) -> float:
-        return norm_of(self._grads())
+    def norm(self, without: Collection[str] | None = None) -> float:
+        return norm_of([p.grad for n, p in self._parameters.items() if p.grad is not None and n not in (without or ())])
 
     def scale(self, factor: float) -> None:
-        if grads := self._grads():
+        if grads := [p.grad for p in self._parameters.values() if p.grad is not None]:
             torch._foreach_mul_(grads, factor)
 
     def clear(self) -> None:
-        for parameter in self._parameters:
+        for parameter in self._parameters.values():
             parameter.grad = None
 
     def close(self) -> None:
@@ -57,6 +60,3 @@ class Alone:
 
     def reopen(self) -> None:
         return None
-
-    def _grads(self) -> list[Tensor]:
-        return [p.grad for p in self._parameters if p.grad is not None]

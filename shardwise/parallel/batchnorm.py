@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -35,6 +37,7 @@ class BatchNormSync:
         self._device = device
         self._counts = [0] * group.size()
         self._announcing = False
+        self._paused = False
         for norm in norms.values():
             norm.forward = functools.partial(torch.compiler.disable(self._normalise), norm)  # type: ignore[method-assign]
 
@@ -42,6 +45,15 @@ class BatchNormSync:
     def ragged(self) -> bool:
         """Whether ranks have different numbers of microbatches in this step."""
         return len(set(self._counts)) > 1
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """In this block norms are of this rank alone."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def begin(self, micros: int) -> None:
         """Start a step with `micros` microbatches on this rank. Collective."""
@@ -112,7 +124,7 @@ class BatchNormSync:
 
     def _normalise(self, norm: _BatchNorm, input: Tensor) -> Tensor:
         norm._check_input_dim(input)
-        if not norm.training:
+        if not norm.training or self._paused:
             return type(norm).forward(norm, input)
         output: Tensor
         output, mean, variance, count = _Normalise.apply(input, norm.weight, norm.bias, norm.eps, self)

@@ -47,10 +47,15 @@ def evaluate(
     finally:
         module.train(was_training)
     found = totals(sums, replica.axis.group, replica.mesh.device)
+    if replica.pipelined is not None:
+        found = replica.pipelined.share(found)
     return {name: _mean(name, found[2 * i], found[2 * i + 1]) for i, name in enumerate(functions)}
 
 
 def _outputs(replica: Replica, batches: Iterable[Any], forward: Any) -> Iterator[tuple[Any, Any]]:
+    if replica.pipelined is not None:
+        yield from replica.pipelined.outputs(map(replica.formats.place, batches), forward)
+        return
     for raw in batches:
         batch = replica.formats.place(raw)
         yield _output(replica, batch, forward), batch

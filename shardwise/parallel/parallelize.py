@@ -6,7 +6,7 @@ import contextlib
 import functools
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,12 +20,15 @@ from shardwise.parallel.alone import Alone
 from shardwise.parallel.batchnorm import BatchNormSync, batch_norms
 from shardwise.parallel.coupling import UNKNOWN, agree
 from shardwise.parallel.exact import ShardBuffers
+from shardwise.parallel.pipelined import Pipelined, kept
 from shardwise.parallel.precision import Formats, LossScaler
 from shardwise.parallel.reducer import Reducer
+from shardwise.parallel.stage import stand_in
 from shardwise.parallel.statistics import Totals
 from shardwise.parallel.words import synchroniser
 from shardwise.plan.support import refuse_unbuilt
 from shardwise.plan.synchronisations import refuse_together
+from shardwise.spec.layout import holds
 from shardwise.spec.plan import Plan
 
 
@@ -46,6 +49,7 @@ class Replica:
         shards: int | None,
         norms: BatchNormSync | None,
         allow: Sequence[str],
+        pipelined: Pipelined | None = None,
     ) -> None:
         self.module = module
         self.plan = plan
@@ -59,14 +63,28 @@ class Replica:
         self.fresh = True
         self._guessed = False
         self._norms = norms
+        self.pipelined = pipelined
+        if pipelined is not None:
+            pipelined.attach(self)
         self._buffers = ShardBuffers(module, self.axis) if shards else None
         self.synchroniser = synchroniser(
-            self._named, mesh, plan.sync, shards=shards, allow=allow, tables=_sparse_embeddings(module)
+            self.named, mesh, plan.sync, shards=shards, allow=allow, tables=_sparse_embeddings(module)
         )
         self._watch: Any = None
 
-    def _named(self) -> list[tuple[str, nn.Parameter]]:
-        return list(self.module.named_parameters())
+    def named(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that this rank has."""
+        every = self.module.named_parameters()
+        return [(name, p) for name, p in every if self.pipelined is None or name in self.pipelined.kept]
+
+    @property
+    def has_outputs(self) -> bool:
+        """Whether this rank computes the module's outputs, and the loss."""
+        return self.pipelined is None or self.pipelined.last
+
+    def quiet(self) -> contextlib.AbstractContextManager[None]:
+        """Around a forward that no other rank takes part in."""
+        return self._norms.paused() if self._norms is not None else contextlib.nullcontext()
 
     @property
     def reducer(self) -> Reducer | Alone:
@@ -86,16 +104,18 @@ class Replica:
     # The phases of a step, in the order in which `step` calls them.
 
     def begin(self, micros: int) -> None:
-        if self.axis.group is not None:
-            self.axis.group.step += 1
+        for axis in ("data", "pipeline"):
+            if (group := self.mesh.axis(axis).group) is not None:
+                group.step += 1
         self.reducer.begin()
         if self._buffers is not None:
             self._buffers.begin()
         if self._norms is not None:
             self._norms.begin(micros)
-            if self.coupled == "gather" and self._norms.ragged:
+            if (self.coupled == "gather" or self.pipelined is not None) and self._norms.ragged:
+                what = "coupled='gather'" if self.coupled == "gather" else "a pipeline"
                 raise JobError(
-                    "coupled='gather' with batch_norm='sync' needs as many microbatches on every rank. Choose a "
+                    f"{what} with batch_norm='sync' needs as many microbatches on every rank. Choose a "
                     "global_batch that the ranks divide, or batch_norm='local'."
                 )
 
@@ -115,7 +135,7 @@ class Replica:
 
     def stand_in(self, done: int, loss: Callable[[Any, Any], Any]) -> None:
         """A rank with fewer microbatches than others takes part in what they do together."""
-        agreement = agree(self, loss, verdict=UNKNOWN, guess=0.0) if self.fresh else None
+        agreement = agree(self, loss, verdict=UNKNOWN, guess=0.0) if self.fresh and self.has_outputs else None
         if self._norms is not None:
             self._norms.stand_in(done)
         if agreement is not None:
@@ -140,6 +160,14 @@ class Replica:
         if totals.weight > 0 and not totals.bad and not self.synchroniser.own_totals:
             self.guess = totals.weight
         return totals.weight * self.speaks_for
+
+    def norm(self) -> float:
+        """The 2-norm of the whole gradient before it is normalised."""
+        return self.pipelined.norm if self.pipelined is not None else self.reducer.norm()
+
+    def settled(self, guess: float) -> None:
+        """The last stage's ranks have agreed on the first guess of the global weight."""
+        self.guess, self._guessed, self.fresh = guess, True, False
 
     def settle_guess(self, weight: float) -> None:
         """The first guess of the global weight: `weight` is rank 0's share of it, or shard 0's in exact mode, or all of
@@ -172,7 +200,7 @@ class Replica:
 
     def sync_buffers(self) -> None:
         """Every rank takes rank 0's buffers (running statistics). Collective; `evaluate` and whoever saves call it."""
-        buffers = list(self.module.buffers())
+        buffers = [b for n, b in self.module.named_buffers() if self.pipelined is None or n in self.pipelined.kept]
         if self.axis.group is not None and buffers:
             broadcast_all(buffers, self.axis.group)
 
@@ -227,17 +255,21 @@ def parallelize(
     refuse_unbuilt(plan)
     norms = batch_norms(module)
     _refuse_combinations(plan, list(norms), batch_norm, coupled)
+    if plan.pipeline > 1:
+        _refuse_with_pipeline(plan, coupled, compile=compile)
     if mesh.device.type == "cpu":
         keep_freed_memory()
-    module.to(mesh.device)
-    if plan.precision == "float64":
-        module.to(torch.float64)
+    pipelined = Pipelined(module, plan, mesh) if plan.pipeline > 1 else None
+    _move(module, kept(module, plan, mesh.rank), mesh.device, torch.float64 if plan.precision == "float64" else None)
     if plan.exact:
         torch.set_num_threads(1)
     axis = mesh.axis("data")
+    _refuse_unlike(module, mesh)
     if axis.group is not None:
-        _refuse_unlike(module, mesh)
-        broadcast_all([*module.parameters(), *module.buffers()], axis.group)
+        broadcast_all(_held(module, plan, mesh.rank), axis.group)
+    if pipelined is not None:
+        pipelined.begin()
+    norms = {name: norm for name, norm in norms.items() if holds(f"model/{name}.weight", plan, mesh.rank)}
     sync = None
     if norms and batch_norm == "sync" and axis.size > 1:
         second = mesh.second_group("data")
@@ -246,8 +278,33 @@ def parallelize(
     if compile:
         module.compile()
     return Replica(
-        module, plan, mesh, coupled=coupled, shards=logical_shards if plan.exact else None, norms=sync, allow=allow
+        module,
+        plan,
+        mesh,
+        coupled=coupled,
+        shards=logical_shards if plan.exact else None,
+        norms=sync,
+        allow=allow,
+        pipelined=pipelined,
     )
+
+
+def _move(module: nn.Module, names: Collection[str], device: torch.device, dtype: torch.dtype | None) -> None:
+    """Give the module the device, and floats the dtype; what is not called by `names` takes no memory there."""
+    tensors = dict([*module.named_parameters(), *module.named_buffers()])
+    if len(names) == len(tensors):
+        module.to(device)
+        if dtype is not None:
+            module.to(dtype)
+        return
+    for name, tensor in tensors.items():
+        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        tensor.data = tensor.data.to(device, kind) if name in names else stand_in(tensor.shape, kind, device)
+
+
+def _held(module: nn.Module, plan: Plan, rank: int) -> list[torch.Tensor]:
+    names = set(kept(module, plan, rank))
+    return [t for name, t in (*module.named_parameters(), *module.named_buffers()) if name in names]
 
 
 def _sparse_embeddings(module: nn.Module) -> list[str]:
@@ -269,17 +326,31 @@ def _refuse_combinations(plan: Plan, norms: Sequence[str], batch_norm: str, coup
         refuse_together(plan, "coupled", "coupled='gather'")
 
 
+def _refuse_with_pipeline(plan: Plan, coupled: str, *, compile: bool) -> None:
+    if not plan.stages:
+        raise SpecError(
+            f"the plan {plan} does not say where to cut the model. Let sw.plan or sw.session make it, or give its "
+            "blocks and stages."
+        )
+    if coupled == "gather":
+        raise SpecError(f"coupled='gather' does not go with pipeline={plan.pipeline} yet. Use the data axis alone.")
+    if compile:
+        raise SpecError(f"compile=True does not go with pipeline={plan.pipeline} yet. Leave it out.")
+
+
 def _refuse_unlike(module: nn.Module, mesh: Mesh) -> None:
     """Raise JobError on every rank when names, shapes or dtypes of the modules differ."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     described = "\n".join(f"{name} {tuple(t.shape)} {t.dtype} {t.requires_grad}" for name, t in tensors)
     number = float(int.from_bytes(hashlib.sha256(described.encode()).digest()[:6], "little"))
-    most, least = largest([number, -number], mesh.axis("data").group, mesh.device)
-    if most != -least:
-        raise JobError(
-            f"model of the job builds different modules on different ranks (rank {mesh.rank}: {len(tensors)} tensors). "
-            "Let its shapes depend on the job's parameters only, not on the rank or on chance."
-        )
+    groups = [axis.group for axis in (mesh.axis("data"), mesh.axis("pipeline")) if axis.group is not None]
+    for group in groups:
+        most, least = largest([number, -number], group, mesh.device)
+        if most != -least:
+            raise JobError(
+                f"model of the job builds different modules on different ranks (rank {mesh.rank}: {len(tensors)} "
+                "tensors). Let its shapes depend on the job's parameters only, not on the rank or on chance."
+            )
 
 
 @functools.cache

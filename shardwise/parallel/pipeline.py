@@ -19,16 +19,20 @@ from torch.distributed.pipelining.schedules import (
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
     ScheduleInterleavedZeroBubble,
+    ScheduleLoopedBFS,
     ScheduleZBVZeroBubble,
 )
 from torch.distributed.pipelining.stage import _PipelineStageBase, _RecvInfo
 
-from shardwise.parallel.dataflow import Dataflow, Forward, Made, Value
-from shardwise.parallel.stage import Part, Stage
+from shardwise.models.cuts import Part, made
+from shardwise.models.dataflow import Dataflow
+from shardwise.parallel.flows import Route
+from shardwise.parallel.stage import generator_state
 from shardwise.spec.layout import stage_rank
 from shardwise.spec.plan import Plan
 
-Head = Callable[[Any, Any], Tensor]  # (output, batch) -> what backward begins with, a scalar
+Compute = Callable[[int, int, Sequence[Tensor]], Any]  # (stage, chunk, what came) -> what leaves, a scalar in the end
+Reduce = Callable[[int], None]  # told the number of a stage whose gradients are complete
 NAIVE = "naive"
 SINGLE: dict[str, Any] = {NAIVE: ScheduleGPipe, "gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 SEVERAL: dict[str, Any] = {
@@ -39,10 +43,10 @@ SEVERAL: dict[str, Any] = {
 
 
 class Micro(NamedTuple):
-    """A microbatch, and how values flow in one of its shape."""
+    """A microbatch and its route."""
 
     batch: Any
-    flow: Dataflow
+    route: Route
 
 
 def stages_of(place: int, plan: Plan) -> list[int]:
@@ -51,52 +55,69 @@ def stages_of(place: int, plan: Plan) -> list[int]:
 
 
 class Pipeline:
-    """`stage` has this rank's parts, which are `numbers` of `count` stages; `group` are the ranks of the pipeline."""
+    """The stages `numbers` of `count` under a schedule; `group` are the ranks of the pipeline.
+
+    `compute(stage, chunk, received)` runs a stage on microbatch `chunk`; `reduce(stage)` is called when all gradients
+    of a stage are there.
+    """
 
     def __init__(
         self,
-        stage: Stage,
+        module: nn.Module,
         numbers: Sequence[int],
         count: int,
         group: dist.ProcessGroup,
         device: torch.device,
         *,
         schedule: str,
-        head: Head,
-        forward: Forward | None = None,
+        compute: Compute,
+        reduce: Reduce = lambda number: None,
     ) -> None:
         self._schedule = schedule
-        self._pieces = [
-            _Piece(stage, part, number, count, group, device, head, forward) for part, number in enumerate(numbers)
-        ]
+        self._count = count
+        self._ranks = group.size()
+        self._runners: dict[int, Any] = {}
+        self._pieces = [_Piece(module, number, count, group, device, compute, reduce) for number in numbers]
 
-    def step(self, micros: Sequence[Micro]) -> list[Tensor]:
-        """Forward and backward of all microbatches, which are the same on all ranks of the pipeline.
+    def step(self, micros: Sequence[Micro]) -> None:
+        """Forward and backward of all microbatches, of which there are as many on all ranks of the pipeline.
 
-        Gradients are added to `.grad`; the rank of the last stage gets what `head` returned, the others nothing.
+        Gradients are added to `.grad`. A schedule that cannot do with so many gives way to a plainer one.
         """
         if self._schedule == NAIVE:
-            return [value for one in micros for value in self._run([one])]
-        return self._run(micros)
+            for number, one in enumerate(micros):
+                self._run([one], first=number, last=number + 1 == len(micros))
+        elif micros:
+            self._run(micros, first=0, last=True)
 
-    def _run(self, micros: Sequence[Micro]) -> list[Tensor]:
+    def _run(self, micros: Sequence[Micro], *, first: int, last: bool) -> None:
         for piece in self._pieces:
-            piece.expect(micros)
-        kind = SINGLE.get(self._schedule) or SEVERAL[self._schedule]
-        pieces = self._pieces[0] if self._schedule in SINGLE else self._pieces
-        runner = kind(pieces, len(micros), loss_fn=lambda output, target: output, scale_grads=False)
-        runner._stage_forward_initialized = runner._stage_backward_initialized = True
-        runner._stages_forward_initialized = runner._stages_backward_initialized = True
-        values: list[Tensor] = []
+            piece.expect(micros, first=first, last=last)
         with _unwrapped():
-            runner._step_microbatches(
+            self._runner(len(micros))._step_microbatches(
                 [()] * len(micros),
                 [{"chunk": chunk} for chunk in range(len(micros))],
                 [None] * len(micros),
-                values,
+                [],
                 return_outputs=False,
             )
-        return [value.detach() for value in values]
+
+    def _runner(self, micros: int) -> Any:
+        if micros not in self._runners:
+            kind = self._kind(micros)
+            pieces = self._pieces[0] if self._schedule in SINGLE else self._pieces
+            runner = kind(pieces, micros, loss_fn=lambda output, target: output, scale_grads=False)
+            runner._stage_forward_initialized = runner._stage_backward_initialized = True
+            runner._stages_forward_initialized = runner._stages_backward_initialized = True
+            self._runners[micros] = runner
+        return self._runners[micros]
+
+    def _kind(self, micros: int) -> Any:
+        if self._schedule == "1f1b" and micros < self._count:
+            return ScheduleGPipe
+        if self._schedule in ("interleaved", "zero_bubble") and micros % max(1, micros // self._ranks):
+            return ScheduleLoopedBFS
+        return SINGLE.get(self._schedule) or SEVERAL[self._schedule]
 
 
 class _Piece(_PipelineStageBase):
@@ -104,63 +125,65 @@ class _Piece(_PipelineStageBase):
 
     def __init__(
         self,
-        stage: Stage,
-        part: int,
+        module: nn.Module,
         number: int,
         count: int,
         group: dist.ProcessGroup,
         device: torch.device,
-        head: Head,
-        forward: Forward | None,
+        compute: Compute,
+        reduce: Reduce,
     ) -> None:
-        super().__init__(stage.module, number, count, device, group)
-        self._stage = stage
-        self._number = part
-        self._part: Part = stage.parts[part]
-        self._head = head
-        self._forward = forward
+        super().__init__(module, number, count, device, group)
+        self._compute = compute
+        self._reduce = reduce
         self._runtime_validate = False  # it knows one shape for all microbatches
         self._grads: list[Any] = []
         self._follow: list[bool] = []  # whether the gradients of parameters may be put off
         self._done: set[int] = set()  # microbatches whose whole backward came first
-        self._micros: list[Micro] = []
+        self._routes: list[Route] = []
+        self._first = 0
+        self._last = True
 
-    def expect(self, micros: Sequence[Micro]) -> None:
-        """Be ready for these microbatches; buffers are kept while their shapes are those of the step before."""
+    def expect(self, micros: Sequence[Micro], *, first: int, last: bool) -> None:
+        """Be ready for these microbatches, of which the first is number `first` of the step, the last perhaps its last;
+        buffers are kept while their shapes are those of the run before."""
         self.has_backward = True
         self.clear_runtime_states()
         self._done.clear()
+        self._first, self._last = first, last
         self.chunks = len(micros)
-        before, self._micros = self._micros, list(micros)
-        if len(before) == len(micros) and all(a.flow is b.flow for a, b in zip(before, micros, strict=True)):
+        before, self._routes = self._routes, [one.route for one in micros]
+        if len(before) == len(micros) and all(a is b for a, b in zip(before, self._routes, strict=True)):
             return
         self.grad_send_info = None
         self.args_recv_info, self.grad_recv_info = {}, {}
-        sends = {i: [self.stage_index + 1] for i in range(len(self._part.sends))}
-        self.act_send_info = {0: []} if self.is_last else sends
-        self._grads = []
-        self._follow = [all_follow(flow, self._part, self.submod) for _, flow in micros]
-        for chunk, (_, flow) in enumerate(micros):
-            inputs = [_empty(flow, value, self.device) for value in self._part.receives]
-            outputs = [_empty(flow, value, self.device) for value in self._part.sends]
-            source, target = self.stage_index - 1, self.stage_index + 1
-            self.args_recv_info[chunk] = tuple(_RecvInfo("activation", source, t, _meta(t)) for t in inputs)
-            grads = [t.detach() if t.requires_grad else None for t in outputs]
-            self.grad_recv_info[chunk] = tuple(
-                _RecvInfo("gradient", target, t, None if t is None else _meta(t)) for t in grads
-            )
-            self._grads.append(tuple(_meta(t.detach()) if t.requires_grad else None for t in inputs))
-            self._stage_meta.inputs = tuple(_meta(t) for t in inputs)
-            for tensor in inputs:
-                tensor.requires_grad_(False)
+        self._grads, self._follow = [], []
+        for chunk, route in enumerate(self._routes):
+            self._prepare(chunk, route)
+
+    def _prepare(self, chunk: int, route: Route) -> None:
+        part, source, target = route.parts[self.stage_index], self.stage_index - 1, self.stage_index + 1
+        self._follow.append(all_follow(route.flow, part, self.submod))
+        inputs = [] if self.is_first else received(route, self.stage_index, self.device)
+        outputs = [] if self.is_last else received(route, self.stage_index + 1, self.device)
+        self.act_send_info = {0: []} if self.is_last else {index: [target] for index in range(len(outputs))}
+        self.args_recv_info[chunk] = tuple(_RecvInfo("activation", source, t, _meta(t)) for t in inputs)
+        grads = [t.detach() if t.requires_grad else None for t in outputs]
+        self.grad_recv_info[chunk] = tuple(
+            _RecvInfo("gradient", target, t, None if t is None else _meta(t)) for t in grads
+        )
+        self._grads.append(tuple(_meta(t.detach()) if t.requires_grad else None for t in inputs))
+        self._stage_meta.inputs = tuple(_meta(t) for t in inputs)
+        for tensor in inputs:
+            tensor.requires_grad_(False)
 
     def forward_maybe_with_nosync(self, *received: Any, **given: Any) -> Any:
-        micro = self._micros[given["chunk"]]
-        found = self._stage.run(self._number, micro.batch, received, flow=micro.flow, forward=self._forward)
-        if not self.is_last:
-            return found
-        value = self._head(found, micro.batch)
-        return value.clone() if value._is_view() else value  # schedules detach it in place
+        found = self._compute(self.stage_index, self._first + given["chunk"], received)
+        return found.clone() if self.is_last and found._is_view() else found  # schedules detach it in place
+
+    def perform_reduce_grad(self, grad_scale_factor: int) -> None:
+        if self._last:
+            self._reduce(self.stage_index)
 
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
@@ -198,7 +221,7 @@ def all_follow(flow: Dataflow, part: Part, module: nn.Module) -> bool:
     if part.first == 0:
         return True
     trained = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
-    following = {value for value in part.receives if _made(flow, value).requires_grad}
+    following = {value for value in part.receives if made(flow, value).requires_grad}
     for number in range(part.first, part.last + 1):
         needs = flow.calls[number].needs
         if following & needs.values:
@@ -208,17 +231,13 @@ def all_follow(flow: Dataflow, part: Part, module: nn.Module) -> bool:
     return True
 
 
-def _made(flow: Dataflow, value: Value) -> Made:
-    number, index = value
-    leaf = flow.calls[number].leaves[index]
-    assert isinstance(leaf, Made), value
-    return leaf
-
-
-def _empty(flow: Dataflow, value: Value, device: torch.device) -> Tensor:
-    """Where a value of this flow is received."""
-    leaf = _made(flow, value)
-    return torch.empty(leaf.shape, dtype=leaf.dtype, device=device, requires_grad=leaf.requires_grad)
+def received(route: Route, stage: int, device: torch.device) -> list[Tensor]:
+    """Where what a stage takes in is received."""
+    found = []
+    for value in route.parts[stage].receives:
+        leaf = made(route.flow, value)
+        found.append(torch.empty(leaf.shape, dtype=leaf.dtype, device=device, requires_grad=leaf.requires_grad))
+    return [*found, torch.empty_like(generator_state(device))] if route.flow.random else found
 
 
 def _meta(tensor: Tensor) -> Any:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -102,6 +102,16 @@ class Reducer:
         pair = statistics.pair(loss_sum, weight)
         self._reports[slot] = self._reports[slot] + pair if slot in self._reports else pair
 
+    def collect(self, names: Collection[str]) -> None:
+        """Gradients of these parameters are complete, however they came to `.grad`; send what that completes."""
+        for index, name in enumerate(self._names):
+            if name in names:
+                self._used[index] = int(self._parameters[index].grad is not None)
+                self._place[index][0].missing -= 1
+                if self._arrivals is not None:
+                    self._arrivals.append(index)
+        self._advance()
+
     def finish(self, *, mean: bool = False) -> tuple[Totals, float]:
         """Send what is left, wait for all of it; the totals of `report` and the seconds spent waiting.
 
@@ -138,13 +148,15 @@ class Reducer:
 
     # What the step does with the sums.
 
-    def norm(self) -> float:
+    def norm(self, without: Collection[str] | None = None) -> float:
         """The 2-norm of all gradients that `finish` left, accumulated in float32 or better; the same on every rank.
 
-        In exact mode it is taken parameter by parameter, so that neither ranks nor buckets change a bit of it.
+        In exact mode it is taken parameter by parameter, so that neither ranks nor buckets change a bit of it; so it is
+        when those called `without` do not count, or gradients have changed since `finish`.
         """
-        if self._shards is not None:
-            return norm_of([p.grad for p in self._parameters if p.grad is not None])
+        if self._shards is not None or without is not None:
+            pairs = zip(self._names, self._parameters, strict=True)
+            return norm_of([p.grad for name, p in pairs if p.grad is not None and name not in (without or ())])
         return math.hypot(*self._norms)
 
     def scale(self, factor: float) -> None:

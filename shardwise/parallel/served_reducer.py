@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ class ServedReducer(Reducer):
         )
         return self.own, 0.0
 
-    def norm(self) -> float:
+    def norm(self, without: Collection[str] | None = None) -> float:
         return self._norm
 
     def scale(self, factor: float) -> None:

@@ -1,4 +1,4 @@
-"""`Stage`: the part of a module between two cuts, run by the module's own `forward`.
+"""`Stage`: the parts of a module between two cuts, run by the module's own `forward`.
 
 Every stage calls `forward` of the whole module. What comes before its own calls hands on what was received, or zeros
 that nobody reads; after its last call the run ends, and what later stages need leaves. So masks, positions and keyword
@@ -7,117 +7,70 @@ arguments are made by the module's own code on each stage, and nothing has to be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
 from shardwise.errors import JobError
+from shardwise.models.cuts import Part
+from shardwise.models.dataflow import Dataflow, Forward, Passed, Plain, Value, leaves_of
 from shardwise.models.inputs import call
-from shardwise.parallel.dataflow import Dataflow, Forward, Needs, Passed, Plain, Value, leaves_of
-
-
-class Part(NamedTuple):
-    """Calls `first..last` (inclusive) of a dataflow: the values that come in, those that go on, and the parameters and
-    buffers outside of calls that it reads."""
-
-    first: int
-    last: int
-    receives: tuple[Value, ...]
-    sends: tuple[Value, ...]
-    tensors: frozenset[str]
 
 
 class _Cut(BaseException):
     """Ends the module's forward after the stage's last call; no `except Exception` of the user's holds it."""
 
 
-def parts(flow: Dataflow, firsts: Sequence[int]) -> list[Part]:
-    """The stages that begin with these calls, in ascending order, the first of them 0.
-
-    A value that several later stages need goes through all between. Raises JobError for more stages than calls.
-    """
-    count = len(flow.calls)
-    if list(firsts) != sorted(set(firsts)) or not firsts or firsts[0] != 0 or firsts[-1] >= count:
-        raise JobError(
-            f"the model cannot be cut before its calls {list(firsts)}: it has {count}, each stage needs one of its "
-            "own, and the first begins with call 0. Choose fewer stages."
-        )
-    ends = [*firsts[1:], count]
-    needs = [_needed(flow, first, end) for first, end in zip(firsts, ends, strict=True)]
-    return [
-        Part(first, end - 1, _live(needs[number:], first), _live(needs[number + 1 :], end), needs[number].tensors)
-        for number, (first, end) in enumerate(zip(firsts, ends, strict=True))
-    ]
-
-
-def _needed(flow: Dataflow, first: int, end: int) -> Needs:
-    found = flow.loss if end == len(flow.calls) else Needs()
-    for one in flow.calls[first:end]:
-        found |= one.needs
-    return found
-
-
-def _live(needs: Sequence[Needs], before: int) -> tuple[Value, ...]:
-    """What calls before `before` return and one of these needs."""
-    return tuple(sorted({value for each in needs for value in each.values if value[0] < before}))
-
-
-def held(module: nn.Module, flow: Dataflow, part: Part) -> list[str]:
-    """The parameters that the stage computes with; several stages hold a tied one."""
-    inside = tuple(f"{one.name}." for one in flow.calls[part.first : part.last + 1])
-    everywhere = module.named_parameters(remove_duplicate=False)
-    mine = {id(p) for name, p in everywhere if name.startswith(inside) or name in part.tensors}
-    return [name for name, p in module.named_parameters() if id(p) in mine]
-
-
 class Stage:
-    """`module` cut down, in place, to what `parts` of it run, one at a time; what only others hold takes no memory."""
+    """`module` cut down, in place, to the parameters called `kept`; the others keep their shapes and take no memory.
 
-    def __init__(self, module: nn.Module, flow: Dataflow, parts: Sequence[Part]) -> None:
+    `names` are the modules whose calls count, as a dataflow has them.
+    """
+
+    def __init__(
+        self, module: nn.Module, names: Sequence[str], kept: Collection[str], device: torch.device | None = None
+    ) -> None:
         self.module = module
-        self.parts = tuple(parts)
-        self._flow = self._usual = flow
-        self._part = self.parts[0]
+        self._device = device or torch.device("cpu")
+        self._flow: Dataflow | None = None
+        self._part: Part | None = None
         self._calls = 0
         self._counting = False  # in `run`, and in none of the calls
         self._values: dict[Value, Tensor] = {}
-        parts_by_name = {one.name: module.get_submodule(one.name) for one in flow.calls}
-        self._patched = [(inner, vars(inner).get("forward")) for inner in parts_by_name.values()]
-        mine = {name for part in parts for name in held(module, flow, part)}
+        self._state: Tensor | None = None
         for name, parameter in module.named_parameters():
-            if name not in mine:
-                parameter.requires_grad_(False)
-                parameter.data = parameter.new_zeros(()).expand(parameter.shape)
-        for name, inner in parts_by_name.items():
+            if name not in kept:
+                parameter.data = stand_in(parameter.shape, parameter.dtype, parameter.device)
+        inner_by_name = {name: module.get_submodule(name) for name in names}
+        self._patched = [(inner, vars(inner).get("forward")) for inner in inner_by_name.values()]
+        for name, inner in inner_by_name.items():
             inner.forward = partial(self._visit, name, inner.forward)
 
     def run(
-        self,
-        number: int,
-        batch: Any,
-        received: Sequence[Tensor],
-        *,
-        flow: Dataflow | None = None,
-        forward: Forward | None = None,
+        self, flow: Dataflow, part: Part, batch: Any, received: Sequence[Tensor], *, forward: Forward | None = None
     ) -> Any:
-        """Part `number`: the module's output where it is the last one, else the tensors of its `sends`, contiguous.
+        """The module's output where `part` is the last one of the flow, else the tensors of its `sends`, contiguous.
 
-        `received` has those of its `receives`; `flow` is that of a batch of this shape, if it is another than the one
-        that the module was cut with. Raises JobError where the module calls its parts in another order than then.
+        `received` has those of its `receives`. Where the flow draws random numbers the state of torch's generators
+        comes and goes behind them, so that they are what one process would draw. Raises JobError where the module
+        calls its parts in another order.
         """
-        self._flow = flow or self._usual
-        self._part = self.parts[number]
+        self._flow, self._part = flow, part
         self._counting = True
         self._calls = 0
-        self._values = dict(zip(self._part.receives, received, strict=True))
+        follows = flow.random and part.first > 0
+        self._state = received[-1] if follows else None
+        values = received[:-1] if follows else received
+        self._values = dict(zip(part.receives, values, strict=True))
         try:
             return call(self.module, batch, forward)
         except _Cut:
-            return tuple(_leaving(self._values[v], received) for v in self._part.sends)
+            leaving = tuple(_leaving(self._values[v], received) for v in part.sends)
+            return (*leaving, generator_state(self._device)) if flow.random else leaving
         finally:
             self._values = {}
             self._counting = False
@@ -132,6 +85,8 @@ class Stage:
     def _visit(self, name: str, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._counting:  # a part of a part, or one that backward computes again
             return own(*args, **kwargs)
+        assert self._flow is not None
+        assert self._part is not None
         number = self._calls
         self._calls += 1
         if number >= len(self._flow.calls) or self._flow.calls[number].name != name:
@@ -140,6 +95,8 @@ class Stage:
                 "forward calls its parts must not depend on chance or on numbers."
             )
         if number < self._part.first:
+            if number + 1 == self._part.first and self._state is not None:
+                set_generators(self._state)
             return self._stand_in(number, leaves_of((args, kwargs)))
         self._counting = False
         try:
@@ -155,6 +112,7 @@ class Stage:
 
     def _stand_in(self, number: int, given: Sequence[Any]) -> Any:
         """What an earlier stage's call returned, as far as anything here depends on it."""
+        assert self._flow is not None
         one = self._flow.calls[number]
         leaves: list[Any] = []
         for index, leaf in enumerate(one.leaves):
@@ -165,8 +123,30 @@ class Stage:
             elif (number, index) in self._values:
                 leaves.append(self._values[number, index])
             else:
-                leaves.append(torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape))
+                leaves.append(stand_in(torch.Size(leaf.shape), leaf.dtype, leaf.device))
         return tree_unflatten(leaves, one.tree)
+
+
+def stand_in(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that take no memory."""
+    return torch.zeros((), dtype=dtype, device=device).expand(shape)
+
+
+def generator_state(device: torch.device) -> Tensor:
+    """The state of torch's generators, of the CPU and of `device`, as bytes there."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states).to(device)
+
+
+def set_generators(state: Tensor) -> None:
+    """The inverse of `generator_state`."""
+    device, bytes_of_it = state.device, state.cpu()
+    size = torch.get_rng_state().numel()
+    torch.set_rng_state(bytes_of_it[:size].clone())
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(bytes_of_it[size:].clone(), device)
 
 
 def _leaving(value: Tensor, received: Sequence[Tensor]) -> Tensor:

@@ -18,6 +18,7 @@ from shardwise.parallel.coupling import agree, check
 from shardwise.parallel.evaluate import evaluate
 from shardwise.parallel.gathered import gathered_step
 from shardwise.parallel.parallelize import Replica
+from shardwise.parallel.pipelined import Pipelined
 from shardwise.parallel.precision import LossScaler
 from shardwise.parallel.statistics import Totals
 from shardwise.parallel.synchronise import StepTimes
@@ -118,7 +119,7 @@ def step(
 def _judged(replica: Replica, totals: Totals, clip_norm: float | None, scaler: LossScaler | None) -> Verdict:
     return judge(
         totals,
-        replica.reducer.norm(),
+        replica.norm(),
         guess=replica.divisor,
         loss_scale=scaler.scale if scaler else 1.0,
         clip_norm=clip_norm,
@@ -175,7 +176,9 @@ def _gradients(
     earlier = replica.mesh.waited_s()
     replica.begin(len(micro))
     with replica.formats.step(several=len(micro) > 1):
-        if replica.coupled == "gather":
+        if replica.pipelined is not None:
+            _in_stages(replica, replica.pipelined, micro, loss, forward, scaler)
+        elif replica.coupled == "gather":
             gathered_step(replica, micro, loss, forward, scaler)
         else:
             for index, one in enumerate(micro):
@@ -188,8 +191,32 @@ def _gradients(
             replica.stand_in(len(micro), loss)
     before = replica.mesh.waited_s()  # what forward and backward exchange (batch norms, outputs) is waited for there
     totals, waited = replica.reducer.finish()
+    if replica.pipelined is not None:
+        totals = replica.pipelined.settle(totals)
     replica.end_step()
     return totals, before - earlier + max(waited, replica.mesh.waited_s() - before)
+
+
+def _in_stages(
+    replica: Replica,
+    pipelined: Pipelined,
+    micro: Sequence[MicroBatch],
+    loss: Loss,
+    forward: Any,
+    scaler: LossScaler | None,
+) -> None:
+    """The same through a pipeline, whose schedule decides the order."""
+
+    def head(output: Any, batch: Any, index: int) -> Tensor:
+        total = _counted(replica, micro[index], output, batch, loss, first=index == 0, pieces=len(micro))
+        _refuse_constant(total)
+        return total * replica.scale(scaler)
+
+    replica.reducer.begin_micro(last=False)
+    batches = [replica.formats.place(one.batch) for one in micro]
+    with user_code("backward of the loss"):
+        pipelined.train(batches, [one.stream for one in micro], head, loss, forward)
+    replica.stand_in(len(micro), loss)
 
 
 def _loss_of(replica: Replica, one: MicroBatch, loss: Loss, forward: Any, *, first: bool, pieces: int) -> Tensor:
@@ -199,7 +226,14 @@ def _loss_of(replica: Replica, one: MicroBatch, loss: Loss, forward: Any, *, fir
     with replica.formats.forward():
         with user_code("the model", about=lambda: f"The batch was {shapes(batch)}."):
             output = call(replica.module, batch, forward)
-        total, weight = pair(loss, output, batch)
+        return _counted(replica, one, output, batch, loss, first=first, pieces=pieces)
+
+
+def _counted(
+    replica: Replica, one: MicroBatch, output: Any, batch: Any, loss: Loss, *, first: bool, pieces: int
+) -> Tensor:
+    """The loss sum of an output, reported to the reducer with its weight."""
+    total, weight = pair(loss, output, batch)
     if first and replica.fresh:
         share = 1 if replica.shards else pieces
         agree(replica, loss, verdict=check(replica, loss, output, batch, pieces), guess=float(weight) * share).settle()
@@ -209,10 +243,14 @@ def _loss_of(replica: Replica, one: MicroBatch, loss: Loss, forward: Any, *, fir
 
 def backward(total: Tensor) -> None:
     """Raises JobError where the loss does not depend on a parameter, or the user's own backward fails."""
+    _refuse_constant(total)
+    with user_code("backward of the loss"):
+        total.backward()
+
+
+def _refuse_constant(total: Tensor) -> None:
     if not total.requires_grad:
         raise JobError(
             "the loss does not depend on any parameter that requires a gradient, so there is nothing to train. Check "
             "that the model is not frozen, and that the loss uses its output without detach() or .item()."
         )
-    with user_code("backward of the loss"):
-        total.backward()

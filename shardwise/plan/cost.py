@@ -1,10 +1,12 @@
-"""Seconds a step for a data-parallel plan, by part: a roofline over the probed peak, and the exposed all-reduces."""
+"""Seconds a step of a plan, by part: a roofline over the probed peak, and the exposed all-reduces."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 from shardwise.plan.buckets import Seconds, choose_bucket_bytes, exposed_s, ring_seconds
+from shardwise.plan.memory import memory_parts
+from shardwise.plan.pipelined import BACKWARD, pipeline_seconds, stage_seconds
 from shardwise.spec.cluster import TRANSPORTS, Cluster
 from shardwise.spec.collective_cost import Topology, as_path, through
 from shardwise.spec.job import JobFacts
@@ -17,22 +19,29 @@ ASSUMED_PEAK = 50e9  # FLOP/s of one core in float32, where nothing was probed
 def time_parts(profile: ModelProfile, plan: Plan, job: JobFacts, cluster: Cluster) -> dict[str, float]:
     """Seconds by part, as if every matmul ran at the device's probed peak: a lower bound.
 
-    Backward is twice forward (Narayanan et al. 2021, section 5.1). `communication` is what backward does not hide.
+    Backward is twice forward (Narayanan et al. 2021, section 5.1). `communication` is what backward does not hide; of a
+    pipeline what its stages send is in forward and backward, and `bubble` is what the busiest rank is idle.
     """
     samples = -(-job.global_batch // plan.data)
     rate = device_rate(cluster, plan)
-    forward = profile.forward_flops * samples / rate
+    held = memory_parts(profile, plan, job, on_cpu=False)
+    forward, bubble = profile.forward_flops * samples / rate, {}
+    if plan.stages:
+        seconds = stage_seconds(plan, profile, job, rate=rate, bandwidth=cluster.link.bandwidth, room=0)
+        busy, idle = pipeline_seconds(plan, seconds)
+        forward, bubble = busy / (1 + BACKWARD), {"bubble": idle}
     exchanged = 0.0
     if plan.data > 1:
-        bucket = plan.sync.bucket_bytes or bucket_bytes(profile.parameter_bytes, cluster, plan.data)
+        bucket = plan.sync.bucket_bytes or bucket_bytes(held["gradients"], cluster, plan.data)
         message_s = all_reduce_seconds(cluster, plan.data)
-        exchanged = exposed_s(profile.parameter_bytes, bucket, 2 * forward / plan.microbatches, message_s)
+        exchanged = exposed_s(held["gradients"], bucket, BACKWARD * forward / plan.microbatches, message_s)
     device = cluster.devices[0]
-    touched = profile.parameter_bytes * 3 + 2 * profile.parameters * job.state_bytes_per_parameter
+    touched = held["parameters"] * 3 + 2 * held["optimizer"]
     bandwidth = device.memory_bandwidth or 10e9
     return {
         "forward": forward,
-        "backward": 2 * forward,
+        "backward": BACKWARD * forward,
+        **bubble,
         "communication": exchanged,
         "optimizer": touched / bandwidth,
     }

@@ -1,7 +1,8 @@
-"""Bytes on the fullest device for a data-parallel plan, by part."""
+"""Bytes on the fullest device of a plan, by part."""
 
 from __future__ import annotations
 
+from shardwise.plan.pipelined import pipeline_bytes
 from shardwise.spec.job import JobFacts
 from shardwise.spec.plan import Plan
 from shardwise.spec.profile import ModelProfile
@@ -25,6 +26,8 @@ def memory_parts(profile: ModelProfile, plan: Plan, job: JobFacts, *, on_cpu: bo
         "optimizer": profile.parameters * job.state_bytes_per_parameter,
         "activations": int(profile.activation_bytes * samples * width),
     }
+    if plan.stages:
+        parts = pipeline_bytes(profile, plan, job)
     if plan.data > 1 or plan.microbatches > 1 or plan.exact:
         largest = max((block.parameter_bytes for block in profile.blocks), default=0)
         parts["arriving gradients"] = largest  # autograd's own tensor lives until it is added to its bucket

@@ -7,14 +7,18 @@ from typing import Any
 from msgspec import structs
 
 from shardwise.errors import NoPlanFits
-from shardwise.plan.cost import bucket_bytes, time_parts
+from shardwise.plan.cost import bucket_bytes, device_rate, time_parts
 from shardwise.plan.memory import memory_parts
+from shardwise.plan.pipelined import stage_seconds
+from shardwise.plan.stages import with_stages
 from shardwise.plan.support import refuse_misfit, refuse_places, refuse_unbuilt
 from shardwise.spec.cluster import Cluster
 from shardwise.spec.job import JobFacts
 from shardwise.spec.plan import Plan, Prediction, build_plan
 from shardwise.spec.profile import ModelProfile
 from shardwise.units import format_bytes
+
+FILL = 4  # microbatches for each stage, where the plan leaves them open: the bubble is then a fifth of a step
 
 
 def search(
@@ -35,7 +39,7 @@ def search(
     plan = build_plan({"precision": job.precision, **fixed})
     refuse_unbuilt(plan)
     if "data" not in fixed:
-        plan = structs.replace(plan, data=min(len(cluster.devices), job.global_batch))
+        plan = structs.replace(plan, data=max(1, min(len(cluster.devices) // plan.ranks, job.global_batch)))
     if started is None:
         refuse_places(plan, cluster)
     elif started != plan.ranks:
@@ -46,8 +50,10 @@ def search(
     room = min(device.memory_bytes for device in cluster.devices)
     largest = max(1, job.global_batch // plan.data)
     plan = _buckets(plan, profile, cluster)
+    if plan.pipeline > 1 and "microbatches" not in fixed and not profile.batch_norms:
+        plan = structs.replace(plan, microbatches=min(largest, FILL * plan.pipeline))
     while True:
-        plan = structs.replace(plan, predicted=predict(profile, plan, job, cluster))
+        plan = settled(plan, profile, cluster, job)
         assert plan.predicted is not None
         if not room or plan.predicted.peak_bytes <= room:
             return plan
@@ -55,6 +61,24 @@ def search(
         if "microbatches" in fixed or profile.batch_norms or not more:
             raise _too_big(plan.predicted, plan, room, more=more, norms=profile.batch_norms)
         plan = structs.replace(plan, microbatches=min(largest, plan.microbatches * 2))
+
+
+def settled(plan: Plan, profile: ModelProfile, cluster: Cluster, job: JobFacts) -> Plan:
+    """The plan with its stages, where it has a pipeline, and with what it should take.
+
+    Raises NoPlanFits where the model has too few parts for the stages.
+    """
+    if plan.pipeline > 1:
+        rate, bandwidth = device_rate(cluster, plan), cluster.link.bandwidth
+        room = min(device.memory_bytes for device in cluster.devices)
+        fitting, any_size = (
+            stage_seconds(plan, profile, job, rate=rate, bandwidth=bandwidth, room=limit) for limit in (room, 0)
+        )
+        try:
+            plan = with_stages(plan, profile, fitting)
+        except NoPlanFits:  # what does not fit is told in the end, with all its parts
+            plan = with_stages(plan, profile, any_size)
+    return structs.replace(plan, predicted=predict(profile, plan, job, cluster))
 
 
 def _buckets(plan: Plan, profile: ModelProfile, cluster: Cluster) -> Plan:

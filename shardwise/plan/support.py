@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from shardwise.errors import NoPlanFits, SpecError
-from shardwise.plan.synchronisations import refuse_unallowed, refuse_unshown
+from shardwise.errors import NoPlanFits, SpecError, did_you_mean
+from shardwise.plan.synchronisations import refuse_together, refuse_unallowed, refuse_unshown
 from shardwise.spec.cluster import Cluster
 from shardwise.spec.job import JobFacts
 from shardwise.spec.plan import AXES, Plan
 
-BUILT_AXES = ("data",)
+BUILT_AXES = ("data", "pipeline")
+ONE_STAGE = ("naive", "gpipe", "1f1b")  # schedules of one stage a rank
+SEVERAL_STAGES = ("interleaved", "zero_bubble", "zbv")  # and of `virtual` stages a rank
 
 NEUTRAL = ("float32", "float64")
 
@@ -24,8 +26,31 @@ def refuse_unbuilt(plan: Plan) -> None:
     for name in ("optimizer", "activations"):
         if getattr(plan.offload, name) != "none":
             raise _unbuilt(f"offload.{name}={getattr(plan.offload, name)}", f"leave offload.{name} out")
-    if plan.splits or plan.stages or plan.virtual > 1:
-        raise _unbuilt("splits, stages or virtual", "leave them out")
+    if plan.splits:
+        raise _unbuilt("splits", "leave them out")
+    _refuse_schedule(plan)
+    if plan.pipeline > 1:
+        refuse_together(plan, "pipeline", f"pipeline={plan.pipeline}")
+        if plan.exact:
+            raise _unbuilt("exact=true with a pipeline", "use the data axis alone, or exact=false")
+
+
+def _refuse_schedule(plan: Plan) -> None:
+    """Raise SpecError for a schedule that is unknown or does not go with the number of stages a rank has."""
+    if plan.schedule not in (*ONE_STAGE, *SEVERAL_STAGES):
+        raise SpecError(
+            f"schedule='{plan.schedule}' in the plan is not known"
+            f"{did_you_mean(plan.schedule, (*ONE_STAGE, *SEVERAL_STAGES))}"
+        )
+    if plan.pipeline == 1 and (plan.virtual > 1 or plan.stages):
+        raise SpecError("the plan has virtual or stages without a pipeline. Add pipeline=2 or more, or leave them out.")
+    if plan.pipeline > 1 and (plan.virtual > 1) != (plan.schedule in SEVERAL_STAGES):
+        raise SpecError(
+            f"schedule={plan.schedule} does not go with virtual={plan.virtual}: {', '.join(SEVERAL_STAGES)} have "
+            f"virtual=2 or more stages a rank, {', '.join(ONE_STAGE)} have one."
+        )
+    if plan.schedule == "zbv" and plan.virtual != 2:
+        raise SpecError(f"schedule=zbv has two stages a rank, not virtual={plan.virtual}. Use virtual=2.")
 
 
 def refuse_places(plan: Plan, cluster: Cluster) -> None:
@@ -40,10 +65,10 @@ def refuse_places(plan: Plan, cluster: Cluster) -> None:
 
 
 def refuse_misfit(plan: Plan, job: JobFacts) -> None:
-    """Raise NoPlanFits when `plan` has more ranks than the job has samples, SpecError when it breaks `allow`."""
-    if plan.ranks > job.global_batch:
+    """Raise NoPlanFits when `plan` has more replicas than the job has samples, SpecError when it breaks `allow`."""
+    if plan.data > job.global_batch:
         raise NoPlanFits(
-            f"the plan {plan} asks for {plan.ranks} ranks, but global_batch={job.global_batch} has fewer "
+            f"the plan {plan} asks for {plan.data} replicas, but global_batch={job.global_batch} has fewer "
             f"samples than that. Raise global_batch of the job or use data={job.global_batch}."
         )
     if plan.precision != job.precision and plan.precision not in (*NEUTRAL, *job.allow):

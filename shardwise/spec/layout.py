@@ -77,29 +77,34 @@ def boxes(name: str, shape: Shape, plan: Plan, rank: int) -> tuple[Box, ...]:
 
 
 def holds(name: str, plan: Plan, rank: int) -> bool:
-    """Whether the pipeline stage of `rank` has the tensor at all, be it with an empty box.
-
-    A tensor under a block belongs to the block's stage; any other to the stages whose `holds` patterns match it, or
-    to every stage when none does. Without `stages` every rank has everything.
-    """
+    """Whether the pipeline stage of `rank` has the tensor at all, be it with an empty box; see `stages_with`."""
     if plan.pipeline == 1 or not plan.stages:
         return True
     here = plan.coordinates(rank)["pipeline"]
-    mine = [stage for index, stage in enumerate(plan.stages) if stage_rank(index, plan) == here]
+    return any(stage_rank(number, plan) == here for number in stages_with(name, plan))
+
+
+def stages_with(name: str, plan: Plan) -> list[int]:
+    """The numbers of the stages that have the tensor.
+
+    One under a block belongs to the stages that have the block, and any tensor also to those whose `holds` patterns
+    match it; one that is in neither to every stage. Raises SpecError for a block in no stage.
+    """
     tensor = parameter(name)
-    block = next(
-        (i for i, prefix in enumerate(plan.blocks) if tensor.startswith(prefix + ".") or tensor == prefix), None
-    )
-    if block is not None:
+    blocks = [i for i, block in enumerate(plan.blocks) if tensor.startswith(block + ".") or tensor == block]
+    for block in blocks:
         if not any(stage.first <= block <= stage.last for stage in plan.stages):
             raise SpecError(
                 f"block {block} ({plan.blocks[block]}) is in no stage of the plan. "
                 "Extend the first..last of a stage over it."
             )
-        return any(stage.first <= block <= stage.last for stage in mine)
-    if any(_matches(tensor, pattern) for stage in plan.stages for pattern in stage.holds):
-        return any(_matches(tensor, pattern) for stage in mine for pattern in stage.holds)
-    return True
+    found = [
+        number
+        for number, stage in enumerate(plan.stages)
+        if any(stage.first <= block <= stage.last for block in blocks)
+        or any(_matches(tensor, pattern) for pattern in stage.holds)
+    ]
+    return found or list(range(len(plan.stages)))
 
 
 def parameter(name: str) -> str:

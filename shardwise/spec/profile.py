@@ -26,16 +26,34 @@ class BlockProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     linears: tuple[LinearProfile, ...] = ()
 
 
+class CallProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A call of the part called `name`: a pipeline may be cut before it. FLOPs and bytes are for one sample.
+
+    `crossing_bytes` is what a cut before it sends on; `reads` names the parameters outside of the part that the call,
+    or the code before it, takes (of the last call also what the loss takes), each by its first name where it is tied.
+    """
+
+    name: str
+    parameters: int
+    parameter_bytes: int
+    forward_flops: float
+    activation_bytes: int
+    crossing_bytes: int
+    reads: tuple[str, ...] = ()
+
+
 class ModelProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A module as a chain of blocks, in the order of execution. `sample` names the input it was measured with.
 
     `batch_norms`: it normalises over the batch, so that cutting a batch into microbatches changes the numbers.
+    `calls` are the places for cuts, where somebody asked for them.
     """
 
     blocks: tuple[BlockProfile, ...]
     sample: str = ""
     tied: tuple[tuple[str, ...], ...] = ()
     batch_norms: bool = False
+    calls: tuple[CallProfile, ...] = ()
 
     @property
     def parameters(self) -> int:

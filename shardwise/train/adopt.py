@@ -30,10 +30,11 @@ class Adopted:
 
     def __init__(self, module: nn.Module, mesh: Mesh) -> None:
         plan = mesh.plan
-        if plan.exact or plan.microbatches > 1 or plan.precision != "float32":
+        if plan.exact or plan.microbatches > 1 or plan.pipeline > 1 or plan.precision != "float32":
             raise SpecError(
-                f"run.prepare leaves the loop to the script, so it cannot obey exact, microbatches or precision of the "
-                f"plan {plan}. Start the script with --plan data={plan.data}, or use sw.session(model=...) for them."
+                "run.prepare leaves the loop to the script, so it cannot obey exact, microbatches, pipeline or "
+                f"precision of the plan {plan}. Start the script with --plan data={plan.data}, or use "
+                "sw.session(model=...) for them."
             )
         refuse_together(plan, "own_loop", "run.prepare")
         self.mesh = mesh

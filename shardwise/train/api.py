@@ -72,10 +72,11 @@ def plan(
     job: Job, *, sets: Sets = (), plan: str | None = None, cluster: str | Path | None = None, **parameters: Any
 ) -> PlanReport:
     """What would happen here (or on the cluster of a file), and why. Raises SpecError, JobError, NoPlanFits."""
+    fixed = parse_plan(plan or "")
     with closing(start.take()) as starter:
-        found = _look(starter, _source(job), _sets(sets, parameters))
+        found = _look(starter, _source(job), _sets(sets, parameters), cuts=_cuts(fixed))
         machines = files.load(cluster, Cluster) if cluster else discover(starter=starter)
-    chosen = search(found.profile, machines, found.facts, parse_plan(plan or ""))
+    chosen = search(found.profile, machines, found.facts, fixed)
     return PlanReport(plan=chosen, profile=found.profile, cluster=machines, facts=found.facts)
 
 
@@ -174,11 +175,11 @@ def prepare_run(
     old = _folder(resume, root) if resume else None
     if old is not None:
         sets = {**old.record().parameters, **sets}
-    found = _look(starter, source, sets)
+    fixed = parse_plan(plan_text or "")
+    found = _look(starter, source, sets, cuts=_cuts(fixed))
     if old is not None:
         old.refuse_changed_job(found.sources, found.parameters)
     machines = files.load(cluster, Cluster) if cluster else discover(starter=starter)
-    fixed = parse_plan(plan_text or "")
     if old is not None:  # what decides the numbers stays as it was, on whatever number of ranks
         before = files.load(old.path / "plan.json", Plan)
         kept = {"exact": before.exact, "precision": before.precision, "microbatches": before.microbatches}
@@ -271,8 +272,8 @@ def _run_script(
 ) -> RunResult:
     """Every rank runs the user's script, which opens a session of its own."""
     machines = discover(starter=starter)
-    fixed = {"data": len(machines.devices), **(parse_plan(plan_text) if plan_text else {})}
-    chosen = build_plan(fixed)
+    fixed = parse_plan(plan_text or "")
+    chosen = build_plan({"data": max(1, len(machines.devices) // build_plan(dict(fixed)).ranks), **fixed})
     refuse_unbuilt(chosen)
     refuse_places(chosen, machines)
     folder = RunFolder.create(root, name=name or script.stem)
@@ -313,13 +314,18 @@ def _train_here(
     return RunResult(path=path, status="finished", summary=summaries.read(path))
 
 
-def _look(starter: Starter | None, source: capture.JobSource, sets: Mapping[str, Any]) -> Probe:
+def _cuts(fixed: Mapping[str, Any]) -> bool:
+    """Whether the places for cuts must be known."""
+    return build_plan(dict(fixed)).pipeline > 1
+
+
+def _look(starter: Starter | None, source: capture.JobSource, sets: Mapping[str, Any], *, cuts: bool) -> Probe:
     """What the probing process finds of a job; in this process when there is no starter."""
     if starter is None:
-        return probe(source, sets)
+        return probe(source, sets, cuts=cuts)
     with tempfile.TemporaryDirectory(prefix="shardwise-") as scratch:
         out = Path(scratch) / "probe.json"
-        told = {"source": msgspec.to_builtins(source), "sets": dict(sets), "out": str(out)}
+        told = {"source": msgspec.to_builtins(source), "sets": dict(sets), "out": str(out), "cuts": cuts}
         exits = run_ranks(starter, "shardwise.train.probe:entry", lambda rank: told, 1, logs=Path(scratch))
         log = (Path(scratch) / "rank-0.log").read_text(errors="replace")
         failure = exits.failure()

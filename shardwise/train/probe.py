@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import msgspec
+from msgspec import structs
 
+from shardwise.data.source import Prepared
 from shardwise.errors import JobError
 from shardwise.spec import files
 from shardwise.spec.job import JobFacts, TrainJob
@@ -29,20 +31,21 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
 
 
-def entry(*, source: dict[str, str], sets: dict[str, Any], out: str, **_: Any) -> None:
+def entry(*, source: dict[str, str], sets: dict[str, Any], out: str, cuts: bool = False, **_: Any) -> None:
     """Load the job, prepare its data, profile its model; write a Probe to `out`. Raises JobError or DataError."""
     from shardwise.train import context
 
     context.mark_launched()
-    files.save(probe(capture.JobSource(**source), sets), out)
+    files.save(probe(capture.JobSource(**source), sets, cuts=cuts), out)
 
 
-def probe(source: capture.JobSource, sets: Mapping[str, Any]) -> Probe:
+def probe(source: capture.JobSource, sets: Mapping[str, Any], *, cuts: bool = False) -> Probe:
+    """What must be known of a job; with `cuts` also where its model can be cut into stages."""
     began = time.perf_counter()
     function = capture.load_function(source)
     parameters = capture.bind(function, sets)
     job = capture.build(function, parameters, folder=source.folder)
-    profile, data = look(job, folder=source.folder)
+    profile, data = look(job, folder=source.folder, cuts=cuts)
     return Probe(
         parameters=parameters,
         sources=capture.local_sources(source),
@@ -53,18 +56,29 @@ def probe(source: capture.JobSource, sets: Mapping[str, Any]) -> Probe:
     )
 
 
-def look(job: TrainJob, *, folder: str = "") -> tuple[ModelProfile, dict[str, Any]]:
+def look(job: TrainJob, *, folder: str = "", cuts: bool = False) -> tuple[ModelProfile, dict[str, Any]]:
     """Prepare the data (through its cache) and profile the model on one sample of it; (profile, facts of the data)."""
-    from shardwise.models.profile import profile
-    from shardwise.parallel.blame import user_code, where
     from shardwise.train.data import prepare
 
     prepared = prepare(job)
+    return profile_job(job, prepared, folder=folder, cuts=cuts), prepared.facts
+
+
+def profile_job(job: TrainJob, prepared: Prepared, *, folder: str = "", cuts: bool = False) -> ModelProfile:
+    """The profile of the job's model, run on one sample of its data."""
+    from shardwise.models.cuts import profile_calls
+    from shardwise.models.profile import profile
+    from shardwise.parallel.blame import user_code, where
+
     with user_code("data of the job", folder=folder):
         train: Any = prepared.train
         example = train.batch([0], [0]) if hasattr(train, "batch") else train.read([0], job.seed)[0]
     try:
-        return profile(job.model, example, forward=job.forward), prepared.facts
+        found = profile(job.model, example, forward=job.forward)
+        if cuts:
+            calls = profile_calls(job.model, example, forward=job.forward, loss=job.loss)
+            found = structs.replace(found, calls=calls)
+        return found
     except JobError as error:
         place = where(error.__cause__, folder) if error.__cause__ else ""
         raise JobError(f"{error}" + (f" It failed{place}." if place else "")) from None

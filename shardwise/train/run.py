@@ -15,10 +15,12 @@ from shardwise.errors import NonFiniteLoss, SpecError, did_you_mean
 from shardwise.parallel.blame import name_of, user_code
 from shardwise.parallel.parallelize import Replica, parallelize
 from shardwise.parallel.step import StepResult, evaluate, step
+from shardwise.plan.stages import chain, with_stages
 from shardwise.spec.job import TrainJob
 from shardwise.spec.plan import Plan
 from shardwise.train.memory import peak_bytes
 from shardwise.train.optimizers import Optimizers
+from shardwise.train.probe import profile_job
 from shardwise.train.state import Saver, State
 
 
@@ -27,6 +29,8 @@ class Trainer:
 
     def __init__(self, job: TrainJob, plan: Plan, mesh: Mesh, prepared: Prepared, saver: Saver) -> None:
         self.job = job
+        if plan.pipeline > 1 and not plan.stages:
+            plan = mesh.plan = cut_here(job, plan, prepared)
         self.plan = plan
         self.mesh = mesh
         self.prepared = prepared
@@ -179,6 +183,11 @@ class Trainer:
             events.emit("early_stop", step=self.state.step, metric=rule.metric, best_step=best)
         return True
 
+    def gather(self) -> None:
+        """The module is whole on every rank, where it was cut into stages. All ranks call it, at the end."""
+        if self.replica.pipelined is not None:
+            self.replica.pipelined.gather()
+
     def close(self) -> None:
         """Give the module back as it was, and end what makes batches ahead."""
         self._close_batches()
@@ -200,6 +209,13 @@ def _check_early_stop(job: TrainJob, prepared: Prepared) -> None:
         raise SpecError(
             f"early_stop.metric='{rule.metric}' of the job is not evaluated{did_you_mean(rule.metric, known)}"
         )
+
+
+def cut_here(job: TrainJob, plan: Plan, prepared: Prepared) -> Plan:
+    """The plan with stages where nobody has cut the model before; the same on every rank."""
+    profile = profile_job(job, prepared, cuts=True)
+    chosen = chain(profile)
+    return with_stages(plan, profile, lambda stage, first, last: chosen.forward_flops(first, last))
 
 
 def build_replica(job: TrainJob, plan: Plan, mesh: Mesh) -> Replica:

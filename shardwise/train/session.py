@@ -76,6 +76,7 @@ class Session:
                 self._adopted.close()
             if error is None and self._trainer is not None:
                 self._trainer.finish()
+                self._trainer.gather()
             if self._began:
                 events.emit("wire", rank=self.mesh.rank, groups=self.mesh.traffic())
             if self._began and self.mesh.rank == 0:

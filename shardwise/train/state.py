@@ -13,8 +13,9 @@ from shardwise.checkpoint.load import latest, read_tensors
 from shardwise.checkpoint.manifest import Manifest
 from shardwise.checkpoint.resume import resume
 from shardwise.checkpoint.save import save
-from shardwise.checkpoint.state import collect
+from shardwise.checkpoint.state import collect, merge_optimizers
 from shardwise.checkpoint.store import LocalStore, MemoryStore, Store
+from shardwise.comm.collectives import gather_bytes
 from shardwise.comm.mesh import Mesh
 from shardwise.parallel.parallelize import Replica
 from shardwise.parallel.synchronise import KeptByAll
@@ -85,14 +86,16 @@ class Saver:
         mine: dict[str, Any] = {"replica": replica.state(), "loss": state.loss, "evaluations": state.evaluations}
         rows = {f"{ROW}/{name}": tensor.clone()[None] for name, tensor in kept.rows.items()}
         with replica.synchroniser.consistent(optimizers.optimizers):
-            tensors, scalars = collect(replica.module, optimizers.optimizers)
+            plan, rank = self.mesh.plan, self.mesh.rank
+            tensors, scalars = collect(replica.module, optimizers.optimizers, plan=plan, rank=rank)
+            scalars["optimizers"] = self._of_all_stages(scalars["optimizers"])
             save(
                 self.store,
                 step=state.step,
                 tensors={**tensors, **rows, **{f"{COMMON}/{name}": t for name, t in kept.common.items()}},
                 scalars={**scalars, **mine, "sync": kept.plain},
-                plan=self.mesh.plan,
-                rank=self.mesh.rank,
+                plan=plan,
+                rank=rank,
                 world=self.mesh.world,
                 barrier=self._barrier,
                 keep_last=self.job.keep_last,
@@ -114,6 +117,14 @@ class Saver:
         )
         plain = {"steps": manifest.step, **scalars.get("sync", {})}
         replica.synchroniser.take(KeptByAll(rows, common, plain), self.mesh.rank, optimizers.optimizers)
+
+    def _of_all_stages(self, described: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Each stage knows the optimizer state of its own parameters."""
+        group = self.mesh.axis("pipeline").group
+        if group is None:
+            return described
+        raw = gather_bytes(msgspec.json.encode(described), group, self.mesh.device)
+        return merge_optimizers([msgspec.json.decode(each) for each in raw])
 
     def last_good(self) -> str:
         """Where the newest checkpoint is, or an empty string."""

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
 import pytest
 import torch
 from architectures import batch, build, loss
+from msgspec import structs
 from torch import Tensor, nn
 
-from shardwise.parallel.dataflow import Dataflow, dataflow
+from shardwise.models.cuts import held, parts
+from shardwise.models.dataflow import dataflow
+from shardwise.parallel.flows import Flows
 from shardwise.parallel.pipeline import SEVERAL, SINGLE, Micro, Pipeline, all_follow, stages_of
-from shardwise.parallel.stage import Stage, held, parts
+from shardwise.parallel.stage import Stage
 from shardwise.spec.plan import Plan
+from shardwise.spec.plan import Stage as Stages
 from tests.ranks import Rank, run_ranks
 
 CLOSE = 1e-9  # relative
@@ -41,54 +46,71 @@ def head(output: Any, one: Any) -> Tensor:
     return loss(output, one)[0]
 
 
-def flows(module: nn.Module, micros: list[list[dict[str, Tensor]]]) -> list[list[Micro]]:
-    """With one dataflow for each shape."""
-    known: dict[str, Dataflow] = {}
-    found = []
-    for step in micros:
-        found.append([])
-        for one in step:
-            shapes = str({key: value.shape for key, value in one.items()})
-            if shapes not in known:
-                known[shapes] = dataflow(copy.deepcopy(module), one, loss=loss)
-            found[-1].append(Micro(one, known[shapes]))
-    return found
+def planned(module: nn.Module, one: Any, plan: Plan) -> Plan:
+    """The plan with stages of about as many calls each."""
+    flow = dataflow(copy.deepcopy(module), one, loss=loss)
+    calls, count = len(flow.calls), plan.pipeline * plan.virtual
+    ends = [calls * number // count for number in range(count + 1)]
+    stages = tuple(Stages(first=a, last=b - 1) for a, b in zip(ends, ends[1:], strict=False))
+    return structs.replace(plan, blocks=tuple(one.name for one in flow.calls), stages=stages)
 
 
-def on_ranks(rank: Rank, name: str, schedule: str, virtual: int) -> Any:
+def on_ranks(rank: Rank, name: str, schedule: str, virtual: int, count: int | None = None) -> Any:
     module = build(name)
-    plan = Plan(pipeline=rank.world, virtual=virtual, schedule=schedule)
+    steps = [step[:count] for step in batches(name)]
+    plan = planned(module, steps[0][0], Plan(pipeline=rank.world, virtual=virtual, schedule=schedule))
     mesh = rank.mesh(plan)
     group = mesh.axis("pipeline").group
     assert group is not None
-    steps = flows(module, batches(name))
-    flow = steps[0][0].flow
-    count = rank.world * virtual
-    every = parts(flow, [len(flow.calls) * number // count for number in range(count)])
+    flows = Flows(module, plan, contextlib.nullcontext)
+    first = flows.route(steps[0][0], loss=loss)
     numbers = stages_of(rank.rank, plan)
-    mine = [every[number] for number in numbers]
-    names = {parameter for part in mine for parameter in held(module, flow, part)}
+    names = {parameter for number in numbers for parameter in held(module, first.flow, first.parts[number])}
+    stage = Stage(module, plan.blocks, names)
+    micros: list[Micro] = []
+    values: list[float] = []
+    reduced: list[int] = []
+
+    def compute(number: int, chunk: int, received: Any) -> Any:
+        batch, route = micros[chunk]
+        found = stage.run(route.flow, route.parts[number], batch, received)
+        if number + 1 < len(plan.stages):
+            return found
+        values[-1] += head(found, batch).item()
+        return head(found, batch)
+
     pipeline = Pipeline(
-        Stage(module, flow, mine), numbers, count, group, torch.device("cpu"), schedule=schedule, head=head
+        module,
+        numbers,
+        len(plan.stages),
+        group,
+        torch.device("cpu"),
+        schedule=schedule,
+        compute=compute,
+        reduce=reduced.append,
     )
-    values = [float(sum(pipeline.step(micros), torch.zeros(()))) for micros in steps]
+    for step in steps:
+        values.append(0.0)
+        micros[:] = [Micro(one, flows.route(one, loss=loss)) for one in step]
+        pipeline.step(micros)
+    assert len(reduced) == len(set(reduced)) * len(steps), "once for each stage and step, or not at all"
     return values, {n: p.grad for n, p in module.named_parameters() if n in names}
 
 
-def alone(name: str) -> tuple[list[float], dict[str, Tensor | None]]:
+def alone(name: str, count: int | None = None) -> tuple[list[float], dict[str, Tensor | None]]:
     module = build(name)
     values = []
     for step in batches(name):
         values.append(0.0)
-        for one in step:
+        for one in step[:count]:
             value = head(module(**one), one)
             value.backward()
             values[-1] += value.item()
     return values, {n: p.grad for n, p in module.named_parameters()}
 
 
-def compare(found: list[Any], name: str) -> None:
-    values, grads = alone(name)
+def compare(found: list[Any], name: str, count: int | None = None) -> None:
+    values, grads = alone(name, count)
     assert [sum(each) for each in zip(*(rank[0] for rank in found), strict=True)] == pytest.approx(values, rel=CLOSE)
     # Some are zero but for rounding.
     floor = 1e-4 * max(
@@ -106,6 +128,13 @@ def compare(found: list[Any], name: str) -> None:
 @pytest.mark.parametrize("name", ["tied", "gpt2"])
 def test_every_schedule_computes_what_one_process_computes(schedule: str, name: str) -> None:
     compare(run_ranks(2, on_ranks, name, schedule, 2 if schedule in SEVERAL else 1), name)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zero_bubble", "zbv"])
+def test_with_few_microbatches_a_schedule_gives_way_or_does_with_them(schedule: str, count: int) -> None:
+    virtual = 2 if schedule in SEVERAL else 1
+    compare(run_ranks(2, on_ranks, "tied", schedule, virtual, count), "tied", count)
 
 
 @pytest.mark.parametrize("name", ["t5", "unet", "albert"])

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from architectures import NAMES, Tied, batch, build, loss
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shardwise.errors import JobError
-from shardwise.parallel.dataflow import Dataflow, dataflow
-from shardwise.parallel.stage import Stage, held, parts
+from shardwise.models.cuts import held, parts
+from shardwise.models.dataflow import Dataflow, Made, dataflow
+from shardwise.parallel.flows import Flows
+from shardwise.parallel.stage import Stage
+from shardwise.spec.plan import Plan
+from shardwise.spec.plan import Stage as Stages
 
 CLOSE = 1e-9  # relative
 QUICK = ("gpt2", "albert", "t5", "unet", "mixer", "tied", "frozen", "halves")
@@ -24,30 +28,41 @@ def even(calls: int, stages: int) -> list[int]:
     return [calls * number // stages for number in range(stages)]
 
 
-def cut(module: nn.Module, one: Any, stages: int) -> list[Stage]:
-    """The stages, in one process. What a stage does not hold is NaN, so that nothing can read it unseen."""
+class Cut(NamedTuple):
+    """Stages in one process, and where each begins."""
+
+    stages: list[Stage]
+    firsts: list[int]
+    flow: Dataflow
+
+
+def cut(module: nn.Module, one: Any, stages: int) -> Cut:
+    """What a stage does not hold is NaN, so that nothing can read it unseen."""
     flow = dataflow(copy.deepcopy(module), one, loss=loss)
     found = []
-    for part in parts(flow, even(len(flow.calls), min(stages, len(flow.calls)))):
-        stage = Stage(copy.deepcopy(module), flow, [part])
-        mine = held(stage.module, flow, part)
+    firsts = even(len(flow.calls), min(stages, len(flow.calls)))
+    for part in parts(flow, firsts):
+        piece = copy.deepcopy(module)
+        mine = held(piece, flow, part)
+        stage = Stage(piece, [one.name for one in flow.calls], mine)
         for name, parameter in stage.module.named_parameters():
             if name not in mine:
                 assert parameter.untyped_storage().nbytes() == parameter.element_size()
                 parameter.data = parameter.new_full((), torch.nan).expand(parameter.shape)
         found.append(stage)
-    return found
+    return Cut(found, firsts, flow)
 
 
-def forward_and_backward(stages: list[Stage], one: Any, flow: Dataflow | None = None) -> Tensor:
+def forward_and_backward(pieces: Cut, one: Any, flow: Dataflow | None = None) -> Tensor:
     """The loss; gradients go back through what was handed on."""
+    flow = flow or pieces.flow
     received: tuple[Tensor, ...] = ()
     came: list[tuple[Tensor, ...]] = []
     left: list[Any] = []
-    for stage in stages:
+    for stage, part in zip(pieces.stages, parts(flow, pieces.firsts), strict=True):
         received = tuple(each.detach().requires_grad_(each.is_floating_point()) for each in received)
         came.append(received)
-        received = stage.run(0, one, received, flow=flow)
+        received = stage.run(flow, part, one, received)
         left.append(received)
     total, _ = loss(received, one)
     total.backward()
@@ -55,6 +70,10 @@ def forward_and_backward(stages: list[Stage], one: Any, flow: Dataflow | None = 
         both = [(a, b.grad) for a, b in zip(output, following, strict=True) if b.grad is not None and a.requires_grad]
         torch.autograd.backward([a for a, _ in both], [b for _, b in both])
     return total.detach()
+
+
+def everything(module: nn.Module) -> list[str]:
+    return [name for name, _ in module.named_parameters()]
 
 
 @torch.no_grad()
@@ -71,7 +90,7 @@ def test_stages_compute_what_the_whole_module_computes(name: str, stages: int) -
     expected.backward()
     found = forward_and_backward(several, one)
     assert float(found) == pytest.approx(float(expected.detach()), rel=CLOSE)
-    pieces = [dict(stage.module.named_parameters()) for stage in several]
+    pieces = [dict(stage.module.named_parameters()) for stage in several.stages]
     for parameter_name, parameter in module.named_parameters():
         there = [p.grad for p in (each[parameter_name] for each in pieces) if p.grad is not None]
         if parameter.grad is None:
@@ -100,16 +119,34 @@ def test_a_tied_parameter_and_those_of_the_model_itself_are_held_where_they_are_
     assert held(module, flow, third) == ["weights", "words.weight"]  # the last block's output is weighed after it
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5", "unet"])
-def test_fake_tensors_show_the_same(name: str) -> None:
+@pytest.mark.parametrize("name", ALL)
+def test_a_stage_sees_the_flow_of_the_whole_module(name: str) -> None:
+    """Without the numbers of what it does not hold, and without a change to anything that it does."""
     module, one = build(name), batch(name)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = copy.deepcopy(module, {id(t): mode.from_tensor(t) for t in module.buffers()})
-        seen = dataflow(fake, {key: mode.from_tensor(value) for key, value in one.items()}, loss=loss)
-    known = dataflow(module, one, loss=loss)
+    known = dataflow(copy.deepcopy(module), one, loss=loss)
+    middle = len(known.calls) // 2
+    blocks = tuple(call.name for call in known.calls)
+    ends = Stages(first=0, last=middle - 1), Stages(first=middle, last=len(blocks) - 1)
+    mine = held(module, known, parts(known, [0, middle])[1])
+    Stage(module, blocks, mine)
+    before = {n: t.clone() for n, t in (*module.named_parameters(), *module.named_buffers())}
+    flows = Flows(module, Plan(pipeline=2, blocks=blocks, stages=ends), contextlib.nullcontext)
+    state = torch.get_rng_state()
+    seen = flows.route(one, loss=loss).flow
+    assert torch.equal(torch.get_rng_state(), state)
+    assert flows.route(one, loss=loss).flow is seen
     assert [call.needs for call in seen.calls] == [call.needs for call in known.calls]
-    assert [call.leaves for call in seen.calls] == [call.leaves for call in known.calls]
+    for a, b in zip(seen.calls, known.calls, strict=True):
+        assert [leaf for leaf in a.leaves if isinstance(leaf, Made)] == [x for x in b.leaves if isinstance(x, Made)]
     assert seen.loss == known.loss
+    after = dict([*module.named_parameters(), *module.named_buffers()])
+    assert all(torch.equal(after[n].detach(), t) for n, t in before.items())
+
+
+def test_dropout_is_seen_to_draw_numbers() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1), nn.Linear(4, 4))
+    assert dataflow(module, torch.ones(2, 4)).random
+    assert not dataflow(module.eval(), torch.ones(2, 4)).random
 
 
 def test_a_batch_of_another_shape_is_followed() -> None:
@@ -126,7 +163,7 @@ def test_after_close_the_module_runs_as_it_did() -> None:
     module, one = build("tied"), batch("tied")
     before = module(**one)["logits"]
     flow = dataflow(copy.deepcopy(module), one, loss=loss)
-    stage = Stage(module, flow, parts(flow, [0]))
+    stage = Stage(module, [one.name for one in flow.calls], everything(module))
     stage.close()
     assert torch.equal(module(**one)["logits"], before)
     assert not any("forward" in vars(inner) for inner in module.modules())
@@ -136,7 +173,7 @@ def test_a_forward_of_an_object_s_own_is_there_again_after_close() -> None:
     module, one = build("tied"), batch("tied")
     own = module.head.forward = lambda x: x.sum(-1, keepdim=True)
     flow = dataflow(copy.deepcopy(module), one, loss=loss)
-    Stage(module, flow, parts(flow, [0])).close()
+    Stage(module, [one.name for one in flow.calls], everything(module)).close()
     assert module.head.forward is own
 
 
@@ -184,17 +221,13 @@ class Shuffled(Tied):
         return {"logits": self.head(x)}
 
 
-@pytest.fixture
-def shuffled() -> Stage:
-    module = Shuffled()
-    flow = dataflow(module, {"input_ids": torch.arange(8).view(2, 4)}, loss=loss)
-    return Stage(module, flow, parts(flow, [0]))
-
-
-def test_another_order_of_blocks_is_an_error(shuffled: Stage) -> None:
-    shuffled.module.turn = 1  # type: ignore[assignment]
+def test_another_order_of_blocks_is_an_error() -> None:
+    module, one = Shuffled(), {"input_ids": torch.arange(8).view(2, 4)}
+    flow = dataflow(module, one, loss=loss)
+    stage = Stage(module, [each.name for each in flow.calls], everything(module))
+    module.turn = 1
     with pytest.raises(JobError, match="'blocks.1' is call 1 of this batch"):
-        shuffled.run(0, {"input_ids": torch.arange(8).view(2, 4)}, ())
+        stage.run(flow, parts(flow, [0])[0], one, ())
 
 
 @pytest.mark.parametrize("firsts", [[], [1, 2], [0, 2, 2], [0, 3, 2], [0, 6]])
@@ -202,3 +235,27 @@ def test_more_stages_than_calls_and_other_nonsense_are_refused(firsts: list[int]
     flow = dataflow(build("tied"), batch("tied"), loss=loss)
     with pytest.raises(JobError, match="it has 6"):
         parts(flow, firsts)
+
+
+class Between(Tied):
+    """Dropout between its parts, whose result one or all of the blocks take."""
+
+    def __init__(self, *, all_blocks: bool) -> None:
+        super().__init__()
+        self.all_blocks = all_blocks
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        x = first = nn.functional.dropout(self.words(input_ids), 0.5)
+        for block in self.blocks:
+            x = block(x + first if self.all_blocks else x)
+        return {"logits": self.head(x)}
+
+
+def test_what_was_drawn_before_a_cut_is_not_drawn_again_after_it() -> None:
+    one = {"input_ids": torch.arange(8).view(2, 4)}
+    flow = dataflow(Between(all_blocks=False), one, loss=loss)
+    assert parts(flow, [0, 1, 3])
+    flow = dataflow(Between(all_blocks=True), one, loss=loss)
+    assert parts(flow, [0, 1])
+    with pytest.raises(JobError, match=r"cut before 'blocks.2': .* after 1 of their calls"):
+        parts(flow, [0, 3])

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -104,6 +105,20 @@ def test_a_script_computes_the_same_alone_and_on_two_ranks(text: str, trained: T
     script.write_text(text)
     run = trained(script, plan="data=2").path
     assert result((run / "logs" / "rank-0.log").read_text()) == pytest.approx(alone(script), rel=2e-5)
+
+
+@pytest.mark.parametrize("plan", ["pipeline=2", "pipeline=2,virtual=2,schedule=zbv,microbatches=3"])
+def test_a_session_in_stages_computes_the_same_and_leaves_the_whole_module(
+    plan: str, trained: Train, tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    middle = LOOP.replace("torch.nn.BatchNorm1d(16)", "torch.nn.LayerNorm(16)")  # norms over samples know microbatches
+    last = '    run.print("RESULT", run.step_number, found["loss"], found["accuracy"], total())\n'
+    assert last in middle
+    script.write_text(middle.replace(last, "") + textwrap.dedent(last))
+    run = trained(script, plan=plan).path
+    found = [result((run / "logs" / f"rank-{rank}.log").read_text()) for rank in (0,)]
+    assert found[0] == pytest.approx(alone(script), rel=2e-5)
 
 
 def test_a_script_gets_its_arguments_and_a_failure_names_its_line(trained: Train, tmp_path: Path) -> None:

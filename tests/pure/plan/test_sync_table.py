@@ -50,6 +50,7 @@ def test_what_is_not_in_the_table_is_refused(key: tuple[str, str], feature: str)
         "exact": {"exact": True},
         "float16": {"precision": "float16"},
         "microbatches": {"microbatches": 2},
+        "pipeline": {"pipeline": 2},
     }
     plan = Plan(data=2, sync=sync_of(*key), **asked.get(feature, {}))
     shown = feature in SYNCHRONISATIONS[key]

@@ -8,10 +8,12 @@ and buffers outside of them, it was computed from.
 
 from __future__ import annotations
 
+import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +26,7 @@ from shardwise.models.blocks import find_blocks, num_parameters
 from shardwise.models.inputs import call
 
 LARGE = 0.25  # of all parameters
+OURS = (str(Path(torch.__file__).parent), __file__, "<")  # files that are not the model's
 
 Value = tuple[int, int]  # (call, leaf): a tensor that a block returned
 Forward = Callable[[nn.Module, Any], Any]
@@ -55,13 +58,15 @@ Leaf = Passed | Made | Plain
 
 
 class Needs(NamedTuple):
-    """Where a value comes from, through code outside of the calls: what they returned, parameters and buffers."""
+    """Where a value comes from, through code outside of the calls: what they returned, parameters and buffers, and
+    after how many calls that code drew random numbers."""
 
     values: frozenset[Value] = frozenset()
     tensors: frozenset[str] = frozenset()
+    drawn: frozenset[int] = frozenset()
 
     def __or__(self, other: Any) -> Needs:
-        return Needs(self.values | other.values, self.tensors | other.tensors)
+        return Needs(self.values | other.values, self.tensors | other.tensors, self.drawn | other.drawn)
 
 
 class Call(NamedTuple):
@@ -74,10 +79,12 @@ class Call(NamedTuple):
 
 
 class Dataflow(NamedTuple):
-    """The calls in their order, and what the loss needs through the code after them."""
+    """The calls in their order, what the loss needs through the code after them, and whether anything drew random
+    numbers."""
 
     calls: tuple[Call, ...]
     loss: Needs
+    random: bool
 
 
 def dataflow(module: nn.Module, batch: Any, *, forward: Forward | None = None, loss: Loss | None = None) -> Dataflow:
@@ -97,7 +104,8 @@ def dataflow(module: nn.Module, batch: Any, *, forward: Forward | None = None, l
         stack.enter_context(watch)
         output = call(module, batch, forward)
         wanted = loss(output, batch) if loss is not None else output
-    return Dataflow(tuple(watch.calls), watch.needs(wanted))
+        needs = watch.needs(wanted)
+    return Dataflow(tuple(watch.calls), needs, watch.random)
 
 
 def units(module: nn.Module, counts: Mapping[str, int]) -> list[str]:
@@ -145,6 +153,7 @@ class _Watch(TorchDispatchMode):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.calls: list[Call] = []
+        self.random = False
         self._known: dict[int, Needs] = {}
         self._kept: list[Tensor] = []
         self._inside: dict[int, str] = {}  # storages that a call made, or that follow from them, until it returns them
@@ -164,10 +173,14 @@ class _Watch(TorchDispatchMode):
             self._read(given)
         elif func is torch.ops.aten._local_scalar_dense.default and (needs.values or needs.tensors):
             raise JobError(
-                "the model's forward looks at numbers that its parts computed or that are trained (a value of a tensor "
-                "decides what runs, or becomes a number of Python), so no stage can run without the others. Keep them "
-                "as tensors."
+                f"the model's forward{_line()} looks at numbers that its parts computed or that are trained: a value of "
+                "a tensor decides what runs, or becomes a number of Python, so no stage can run without the others. "
+                "Keep them as tensors."
             )
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.random = True
+            if self._open is None:
+                needs |= Needs(drawn=frozenset([len(self.calls)]))
         out = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         old = [_storage(tensor) for tensor in given]
@@ -241,6 +254,15 @@ def leaves_of(value: Any) -> list[Any]:
 
 def _whole(value: Any) -> bool:
     return not isinstance(value, (tuple, list, dict))
+
+
+def _line() -> str:
+    """The line of the model's own code that runs now."""
+    for frame, line in traceback.walk_stack(None):
+        path = frame.f_code.co_filename
+        if not any(part in path for part in OURS):
+            return f" in {path}, line {line}"
+    return ""
 
 
 def _storage(tensor: Tensor) -> int:

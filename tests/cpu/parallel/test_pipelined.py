@@ -1,0 +1,172 @@
+"""Replicas in stages train like one process: the same losses, norms and parameters, with data=1 and 2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from architectures import build
+from jobs import Micro
+from torch import Tensor, nn
+
+from shardwise.data.order import stream_seed
+from shardwise.errors import JobError, NonFiniteLoss, SpecError
+from shardwise.models.cuts import profile_calls
+from shardwise.models.encoder import Encoder
+from shardwise.models.gpt import GPT
+from shardwise.models.resnet import ResNet
+from shardwise.parallel.parallelize import Replica, parallelize
+from shardwise.parallel.step import evaluate, step
+from shardwise.plan.stages import with_stages
+from shardwise.spec.plan import Plan
+from shardwise.spec.profile import ModelProfile
+from tests.ranks import Rank, run_ranks
+
+STEPS, MICROS, SAMPLES = 20, 4, 2
+CLOSE = 1e-8  # relative, of losses after STEPS steps
+WORDS = 97
+
+
+def frozen_gpt() -> nn.Module:
+    module = GPT(layers=4, width=16, heads=2, vocab=WORDS, context=16, tied=False)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_("blocks.0" not in name and "blocks.3" not in name)
+    return module
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "gpt": lambda: GPT(layers=4, width=16, heads=2, vocab=WORDS, context=16, tied=False),
+    "tied": lambda: GPT(layers=3, width=16, heads=2, vocab=WORDS, context=16, tied=True),
+    "dropout": lambda: GPT(layers=4, width=16, heads=2, vocab=WORDS, context=16, dropout=0.2),
+    "frozen": frozen_gpt,
+    "encoder": lambda: Encoder(layers=4, width=16, heads=2, vocab=WORDS, context=16, classes=5),
+    "resnet": lambda: ResNet(depth=8, width=4, classes=10),
+    "albert": lambda: build("albert"),
+}
+
+
+def made(name: str) -> nn.Module:
+    torch.manual_seed(5)
+    return MODELS[name]()
+
+
+def micro(name: str, number: int, place: int, index: int) -> Micro:
+    """A microbatch of a step; texts are of unlike lengths."""
+    g = torch.Generator().manual_seed(1000 * number + 10 * place + index)
+    if name == "resnet":
+        batch = {
+            "image": torch.randn(SAMPLES, 3, 8, 8, generator=g),
+            "targets": torch.randint(0, 10, (SAMPLES,), generator=g),
+        }
+    else:
+        length = 16 if (number + index) % 3 else 11
+        tokens = torch.randint(0, WORDS, (SAMPLES, length), generator=g)
+        batch = {"input_ids" if name == "albert" else "tokens": tokens, "targets": tokens.roll(-1, 1)}
+    return Micro(batch, stream_seed(0, number, place, index))
+
+
+def loss(output: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    scores = output if isinstance(output, Tensor) else output["logits"]
+    targets = batch["targets"]
+    if scores.dim() == 2 and targets.dim() == 2:  # one class for each text
+        targets = targets[:, 0] % scores.shape[-1]
+    total = nn.functional.cross_entropy(scores.flatten(0, -2), targets.flatten(), reduction="sum")
+    return total, scores.new_tensor(float(targets.numel()))
+
+
+def cut(name: str, plan: Plan) -> Plan:
+    calls = profile_calls(lambda: made(name), micro(name, 1, 0, 0).batch, loss=loss)
+    return with_stages(plan, ModelProfile(blocks=(), calls=calls), lambda s, a, b: float(b - a + 1))
+
+
+def learn(replica: Replica, shares: Callable[[int], list[Micro]], **how: Any) -> list[tuple[float, float]]:
+    optimizer = torch.optim.AdamW(replica.module.parameters(), lr=0.01)
+    found = []
+    for number in range(STEPS):
+        result = step(replica, [optimizer], shares(number), loss=loss, **how)
+        assert result.grad_norm is not None
+        found.append((result.loss, result.grad_norm))
+    return found
+
+
+def share(name: str, number: int, place: int, ranks: int) -> list[Micro]:
+    """Every fifth step the second replica has less, and every seventh nothing."""
+    few = place == 1 and ranks > 1 and name != "resnet"
+    count = 0 if few and number % 7 == 6 else 3 if few and number % 5 == 4 else MICROS
+    return [micro(name, number, place, index) for index in range(count)]
+
+
+def in_stages(rank: Rank, name: str, plan: Plan, how: dict[str, Any]) -> Any:
+    mesh = rank.mesh(plan)
+    replica = parallelize(made(name), plan, mesh)
+    place = mesh.axis("data").rank
+    curve = learn(replica, lambda number: share(name, number, place, plan.data), **how)
+    sizes = sum(p.untyped_storage().nbytes() for p in replica.module.parameters())
+    held_out = [micro(name, 100 + 2 * i + place, 0, 0).batch for i in range(3)]
+    tested = evaluate(replica, held_out, loss, {"top": top})
+    assert replica.pipelined is not None
+    replica.pipelined.gather()
+    replica.close()
+    return curve, tested, dict(replica.module.state_dict()), sizes
+
+
+def top(output: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    scores = output if isinstance(output, Tensor) else output["logits"]
+    return scores.amax(-1).sum(), scores.new_tensor(float(scores[..., 0].numel()))
+
+
+def alone(rank: Rank, name: str, data: int, how: dict[str, Any]) -> Any:
+    plan = Plan(precision="float64")
+    replica = parallelize(made(name), plan, rank.mesh(plan))
+    curve = learn(replica, lambda n: [m for place in range(data) for m in share(name, n, place, data)], **how)
+    held_out = [micro(name, 100 + i, 0, 0).batch for i in range(3 * data + 1 - data % 2)]
+    if data == 2:
+        held_out = [micro(name, 100 + 2 * i + place, 0, 0).batch for place in range(2) for i in range(3)]
+    else:
+        held_out = [micro(name, 100 + 2 * i, 0, 0).batch for i in range(3)]
+    return curve, evaluate(replica, held_out, loss, {"top": top}), dict(replica.module.state_dict())
+
+
+def compare(name: str, how: dict[str, Any] | None = None, **fields: Any) -> list[Any]:
+    plan = cut(name, Plan(precision="float64", microbatches=MICROS, **fields))
+    curve, tested, values = run_ranks(1, alone, name, plan.data, how or {})[0]
+    found = run_ranks(plan.ranks, in_stages, name, plan, how or {})
+    for here, tested_here, values_here, _ in found:
+        assert [x for x, _ in here] == pytest.approx([x for x, _ in curve], rel=CLOSE)
+        assert [x for _, x in here] == pytest.approx([x for _, x in curve], rel=CLOSE)
+        assert tested_here == pytest.approx(tested, rel=CLOSE)
+        for key, value in values.items():
+            assert torch.allclose(values_here[key], value, rtol=1e-6, atol=1e-9), key
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_two_stages_train_like_one_process(name: str) -> None:
+    compare(name, pipeline=2)
+
+
+@pytest.mark.parametrize("name", ["tied", "dropout", "frozen", "albert"])
+def test_two_replicas_of_two_stages_train_like_one_process(name: str) -> None:
+    compare(name, data=2, pipeline=2)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "virtual"), [("naive", 1), ("gpipe", 1), ("interleaved", 2), ("zero_bubble", 2), ("zbv", 2)]
+)
+def test_two_replicas_train_alike_under_every_schedule(schedule: str, virtual: int) -> None:
+    compare("dropout", data=2, pipeline=2, schedule=schedule, virtual=virtual)
+    compare("tied", data=2, pipeline=2, schedule=schedule, virtual=virtual)
+
+
+def test_gradients_are_clipped_by_the_norm_of_all_stages() -> None:
+    compare("tied", {"clip_norm": 0.5}, pipeline=2)
+
+
+def test_a_rank_has_the_parameters_of_its_stage_alone() -> None:
+    found = compare("gpt", pipeline=4)
+    whole = sum(p.nbytes for p in made("gpt").double().parameters())
+    sizes = [size for *_, size in found]
+    assert whole <= sum(sizes) < 1.01 * whole
+    assert max(sizes) < 0.5 * whole
