@@ -37,6 +37,7 @@ _NAMES = {
     "show": "train.api",
     "synthetic": "data.synthetic",
     "text": "data.text",
+    "verify": "train.api",
 }
 _VERBS = ("plan", "train", "export")  # rooms whose verb is a function too: sw.train(job) and shardwise.train.run
 

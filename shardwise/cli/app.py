@@ -6,11 +6,12 @@ from typing import Annotated
 
 import typer
 
-from shardwise.cli import cluster, doctor, evaluate, export, new, plan, runs, sample, show, train
+from shardwise.cli import cluster, doctor, evaluate, export, new, plan, runs, sample, show, train, verify
 
 HELP = "Train any PyTorch module on whatever machines there are: job + cluster -> plan -> run -> checkpoint."
 VERBS = (
     plan.plan,
+    verify.verify,
     train.train,
     show.show,
     runs.runs,

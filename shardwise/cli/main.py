@@ -7,6 +7,7 @@ import sys
 EARLY = (
     "train",
     "plan",
+    "verify",
     "cluster",
 )  # these need torch in another process, whose import takes longer than all of the command line
 

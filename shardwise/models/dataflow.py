@@ -173,8 +173,8 @@ class _Watch(TorchDispatchMode):
             self._read(given)
         elif func is torch.ops.aten._local_scalar_dense.default and (needs.values or needs.tensors):
             raise JobError(
-                f"the model's forward{_line()} looks at numbers that its parts computed or that are trained: a value of "
-                "a tensor decides what runs, or becomes a number of Python, so no stage can run without the others. "
+                f"the model's forward{_line()} looks at numbers that its parts computed or that are trained: a value "
+                "of a tensor decides what runs, or becomes a number of Python, so no stage can run without the others. "
                 "Keep them as tensors."
             )
         if torch.Tag.nondeterministic_seeded in func.tags:

@@ -21,14 +21,14 @@ from shardwise.errors import ClusterError, JobError, RunError, ShardwiseError, S
 from shardwise.observe import runs as known_runs
 from shardwise.observe import summary as summaries
 from shardwise.plan.explain import explain
-from shardwise.plan.search import search
+from shardwise.plan.search import search, settled
 from shardwise.plan.support import refuse_places, refuse_unbuilt
 from shardwise.spec import files
 from shardwise.spec.cluster import Cluster
 from shardwise.spec.job import JobFacts
 from shardwise.spec.plan import Plan, build_plan, parse_plan
 from shardwise.spec.profile import ModelProfile
-from shardwise.train import capture, cells, start
+from shardwise.train import capture, cells, start, verified
 from shardwise.train.folder import RunFolder
 from shardwise.train.probe import Probe, probe
 
@@ -117,6 +117,34 @@ def train(
         told = (_sets(sets, parameters), plan, resume, Path(runs), name)
         folder, steps = prepare_run(starter, source, *told, cluster=cluster)
         return _launch(starter, folder, {}, display=display, steps=steps)
+
+
+def verify(
+    job: Job, *, sets: Sets = (), plan: str | None = None, steps: int = 3, **parameters: Any
+) -> verified.Verified:
+    """Run a small copy of the job as the plan says and on one device, in float64, and compare.
+
+    The copy has the job's `small` parameters, if it names some, and a small batch. Raises SpecError for a plan that
+    changes the numbers by its nature, NoPlanFits for one that the small model cannot have.
+    """
+    source, fixed = _source(job), parse_plan(plan or "")
+    with closing(start.take()) as starter, tempfile.TemporaryDirectory(prefix="shardwise-") as scratch:
+        found = _look(starter, source, _sets(sets, parameters), cuts=_cuts(fixed), small=True)
+        ran, batch = verified.shrunk(build_plan(dict(fixed)), found.facts, norms=found.profile.batch_norms)
+        facts = msgspec.structs.replace(found.facts, global_batch=batch)
+        chosen = settled(ran, found.profile, discover(probe=False), facts)
+        files.save(chosen, Path(scratch) / "plan.json")
+        told = {
+            "folder": scratch,
+            "source": msgspec.to_builtins(source),
+            "sets": found.parameters,
+            "steps": steps,
+            "global_batch": batch,
+            "asked": plan or str(ran),
+        }
+        entry = "shardwise.train.verify:entry"
+        _ended(run_ranks(starter, entry, lambda rank: {"told": told}, ran.ranks, logs=Path(scratch)))
+        return files.load(Path(scratch) / "verified.json", verified.Verified)
 
 
 def show(run: str | Path = "latest", *, runs: str | Path = "runs") -> summaries.Summary:
@@ -319,22 +347,28 @@ def _cuts(fixed: Mapping[str, Any]) -> bool:
     return build_plan(dict(fixed)).pipeline > 1
 
 
-def _look(starter: Starter | None, source: capture.JobSource, sets: Mapping[str, Any], *, cuts: bool) -> Probe:
+def _look(
+    starter: Starter | None, source: capture.JobSource, sets: Mapping[str, Any], *, cuts: bool, small: bool = False
+) -> Probe:
     """What the probing process finds of a job; in this process when there is no starter."""
     if starter is None:
-        return probe(source, sets, cuts=cuts)
+        return probe(source, sets, cuts=cuts, small=small)
     with tempfile.TemporaryDirectory(prefix="shardwise-") as scratch:
         out = Path(scratch) / "probe.json"
-        told = {"source": msgspec.to_builtins(source), "sets": dict(sets), "out": str(out), "cuts": cuts}
-        exits = run_ranks(starter, "shardwise.train.probe:entry", lambda rank: told, 1, logs=Path(scratch))
+        told = {"source": msgspec.to_builtins(source), "sets": dict(sets), "out": str(out)}
+        told |= {"cuts": cuts, "small": small}
+        _ended(run_ranks(starter, "shardwise.train.probe:entry", lambda rank: told, 1, logs=Path(scratch)))
         log = (Path(scratch) / "rank-0.log").read_text(errors="replace")
-        failure = exits.failure()
-        if exits.stop_signal:
-            raise KeyboardInterrupt
-        if failure is not None:
-            raise failure
         sys.stdout.write(log)  # what the job file prints
         return files.load(out, Probe)
+
+
+def _ended(exits: RankExits) -> None:
+    """Raises what ended them, if anything did."""
+    if exits.stop_signal:
+        raise KeyboardInterrupt
+    if (failure := exits.failure()) is not None:
+        raise failure
 
 
 def _source(job: Job) -> capture.JobSource:

@@ -31,20 +31,23 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
 
 
-def entry(*, source: dict[str, str], sets: dict[str, Any], out: str, cuts: bool = False, **_: Any) -> None:
+def entry(*, source: dict[str, str], sets: dict[str, Any], out: str, cuts: bool, small: bool, **_: Any) -> None:
     """Load the job, prepare its data, profile its model; write a Probe to `out`. Raises JobError or DataError."""
     from shardwise.train import context
 
     context.mark_launched()
-    files.save(probe(capture.JobSource(**source), sets, cuts=cuts), out)
+    files.save(probe(capture.JobSource(**source), sets, cuts=cuts, small=small), out)
 
 
-def probe(source: capture.JobSource, sets: Mapping[str, Any], *, cuts: bool = False) -> Probe:
-    """What must be known of a job; with `cuts` also where its model can be cut into stages."""
+def probe(source: capture.JobSource, sets: Mapping[str, Any], *, cuts: bool = False, small: bool = False) -> Probe:
+    """What must be known of a job, or of its `small` copy; with `cuts` also where its model can be cut into stages."""
     began = time.perf_counter()
     function = capture.load_function(source)
     parameters = capture.bind(function, sets)
     job = capture.build(function, parameters, folder=source.folder)
+    if small and job.small:
+        parameters = capture.bind(function, {**job.small, **sets})
+        job = capture.build(function, parameters, folder=source.folder)
     profile, data = look(job, folder=source.folder, cuts=cuts)
     return Probe(
         parameters=parameters,

@@ -12,7 +12,6 @@ from jobs import Micro
 from torch import Tensor, nn
 
 from shardwise.data.order import stream_seed
-from shardwise.errors import JobError, NonFiniteLoss, SpecError
 from shardwise.models.cuts import profile_calls
 from shardwise.models.encoder import Encoder
 from shardwise.models.gpt import GPT

@@ -1,0 +1,72 @@
+"""What `verify` finds, and how it makes a plan small enough to be found out about in seconds."""
+
+from __future__ import annotations
+
+from msgspec import Struct, structs
+
+from shardwise.errors import SpecError
+from shardwise.spec.job import JobFacts
+from shardwise.spec.plan import Plan
+
+TOLERANCE = 1e-6  # relative, in float64
+SAMPLES = 2  # of a microbatch, where the job does not say how to be small
+
+
+class Difference(Struct, frozen=True, kw_only=True):
+    """The largest relative error of one kind, `where` it is, and `first`: the first in the order of the module that is
+    above the tolerance."""
+
+    error: float = 0.0
+    where: str = ""
+    first: str = ""
+
+
+class Verified(Struct, frozen=True, kw_only=True):
+    """What `verify` found. `ran` is the plan that was run in the place of the one that was asked for."""
+
+    asked: str
+    ran: str
+    ranks: int
+    steps: int
+    losses: tuple[float, ...]
+    expected: tuple[float, ...]
+    loss: Difference
+    gradients: Difference
+    parameters: Difference
+    cause: str = ""
+
+    @property
+    def same(self) -> bool:
+        """Whether everything is within the tolerance."""
+        return not self.cause
+
+    def text(self) -> str:
+        """Several lines for a terminal."""
+        lines = [f"{self.ran} on {self.ranks} rank(s) against one, {self.steps} steps in float64 (asked: {self.asked})"]
+        for name in ("loss", "gradients", "parameters"):
+            found: Difference = getattr(self, name)
+            lines.append(
+                f"  {name:<10} relative error at most {found.error:.1e}" + (f" ({found.where})" * bool(found.where))
+            )
+        if self.same:
+            return "\n".join([*lines, f"The plan computes the same, within {TOLERANCE:g}."])
+        return "\n".join([*lines, f"The plan does not compute the same: {self.cause}"])
+
+
+def shrunk(plan: Plan, facts: JobFacts, *, norms: bool) -> tuple[Plan, int]:
+    """As much of a plan as matters, in float64, and its global batch: two replicas show what any number does. Norms
+    over the batch are verified on one replica, which alone has the same batches as one device.
+
+    Raises SpecError for a plan that changes the numbers by its nature.
+    """
+    if plan.sync.word != "all_reduce":
+        raise SpecError(
+            f"sync={plan.sync.word} changes the numbers by its nature, so there is nothing to verify. Verify the plan "
+            "with sync=all_reduce; what it does to the loss is what `python -m bench slow_link` compares."
+        )
+    data = 1 if norms else min(plan.data, 2)
+    micros = plan.microbatches if plan.microbatches > 1 or norms else 2 * plan.pipeline * plan.virtual
+    few = structs.replace(
+        plan, data=data, precision="float64", microbatches=1 if plan.exact else micros, predicted=None
+    )
+    return few, min(facts.global_batch, SAMPLES * data * micros)

@@ -1,0 +1,204 @@
+"""`verify`: a plan on small data computes what one device computes, and if not, what differs first.
+
+All of it in float64: the ranks of the plan train some steps, then rank 0 alone trains the same ones, and losses,
+gradients and parameters are compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from msgspec import structs
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from shardwise.comm.mesh import Mesh, connect
+from shardwise.comm.store import open_store
+from shardwise.data.loader import LocalStep, open_batches
+from shardwise.data.source import Prepared
+from shardwise.parallel.parallelize import Replica
+from shardwise.parallel.step import step
+from shardwise.spec import files
+from shardwise.spec.job import TrainJob
+from shardwise.spec.plan import Plan
+from shardwise.train import capture, context
+from shardwise.train.data import prepare
+from shardwise.train.optimizers import Optimizers
+from shardwise.train.run import build_replica
+from shardwise.train.verified import TOLERANCE, Difference, Verified
+
+FLOOR = 1e-6  # of the largest norm: gradients smaller than that are zero but for rounding
+JOIN_LIMIT_S = 120.0
+
+
+def entry(*, rank: int, world: int, port: int, listen_fd: int | None, told: dict[str, Any]) -> None:
+    """A rank of the plan; rank 0 writes a Verified to `told["out"]`."""
+    context.mark_launched()
+    plan = files.load(Path(told["folder"]) / "plan.json", Plan)
+    store = open_store(listen_fd, port, rank, world, JOIN_LIMIT_S) if world > 1 else None
+    job = _job(told)
+    prepared = prepare(job)
+    folder, steps = Path(told["folder"]), int(told["steps"])
+    mesh = connect(plan, rank=rank, world=world, store=store)
+    with closing(mesh):
+        losses, tensors = _train(job, plan, mesh, prepared, steps)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"{rank}.safetensors")
+        if world > 1:
+            torch.distributed.barrier()
+        if rank == 0:
+            found = [load_file(folder / f"{r}.safetensors") for r in range(world)]
+            files.save(_compare(job, plan, prepared, losses, found, told), folder / "verified.json")
+        if world > 1:
+            torch.distributed.barrier()
+
+
+def _job(told: Mapping[str, Any]) -> TrainJob:
+    source = capture.JobSource(**told["source"])
+    function = capture.load_function(source)
+    job = capture.build(function, capture.bind(function, told["sets"]), folder=source.folder)
+    return structs.replace(job, global_batch=int(told["global_batch"]))
+
+
+def _compare(
+    job: TrainJob, plan: Plan, prepared: Prepared, losses: list[float], found: list[dict[str, Tensor]], told: Any
+) -> Verified:
+    one = structs.replace(plan, data=1, pipeline=1, virtual=1, schedule="1f1b", stages=(), blocks=())
+    alone = connect(one, rank=0, world=1, store=None)
+    expected, reference = _train(job, one, alone, prepared, len(losses), places=plan.data)
+    loss = _largest({f"step {i + 1}": (a, b) for i, (a, b) in enumerate(zip(losses, expected, strict=True))})
+    gradients, parameters = (
+        _differences({name: t for name, t in reference.items() if name.startswith(kind)}, found)
+        for kind in ("gradient/", "parameter/")
+    )
+    return Verified(
+        asked=told["asked"],
+        ran=str(plan),
+        ranks=plan.ranks,
+        steps=len(losses),
+        losses=tuple(losses),
+        expected=tuple(expected),
+        loss=loss,
+        gradients=gradients,
+        parameters=parameters,
+        cause=_cause(loss, gradients, parameters, reference, found),
+    )
+
+
+def _train(
+    job: TrainJob, plan: Plan, mesh: Mesh, prepared: Prepared, steps: int, *, places: int = 0
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses, and by name the gradients of the first step and the parameters after the last, of what this rank holds.
+
+    One rank goes through the microbatches of all `places` on the data axis.
+    """
+    replica = build_replica(job, plan, mesh)
+    optimizers = Optimizers(replica.module, job)
+    kept: dict[str, Tensor] = {}
+    handles = [each.register_step_pre_hook(lambda *_: _keep(replica, kept)) for each in optimizers.optimizers]
+    losses = []
+    for number, local in enumerate(_shares(job, plan, mesh, prepared, steps, places)):
+        optimizers.schedule(number)
+        micro = [one for each in local for one in each.micro]
+        found = step(replica, optimizers.optimizers, micro, loss=job.loss, forward=job.forward, clip_norm=job.clip_norm)
+        losses.append(found.loss)
+    for handle in handles:
+        handle.remove()
+    kept |= {f"parameter/{name}": p.detach().clone() for name, p in replica.named()}
+    replica.close()
+    return losses, kept
+
+
+def _keep(replica: Replica, kept: dict[str, Tensor]) -> None:
+    for name, parameter in replica.named():
+        if parameter.grad is not None:
+            kept.setdefault(f"gradient/{name}", parameter.grad.detach().clone())
+
+
+def _shares(
+    job: TrainJob, plan: Plan, mesh: Mesh, prepared: Prepared, steps: int, places: int
+) -> Iterator[list[LocalStep]]:
+    axis = mesh.axis("data")
+    own = [(place, places) for place in range(places)] or [(axis.rank, axis.size)]
+    opened = [
+        open_batches(
+            prepared.train,
+            global_batch=job.global_batch,
+            seed=job.seed,
+            rank=place,
+            ranks=ranks,
+            steps=steps,
+            logical_shards=job.logical_shards if plan.exact else None,
+            microbatches=plan.microbatches,
+        )
+        for place, ranks in own
+    ]
+    try:
+        for _ in range(steps):
+            yield [next(each) for each in opened]
+    finally:
+        for each in opened:
+            each.close()
+
+
+def _largest(pairs: Mapping[str, tuple[float, float]]) -> Difference:
+    errors = {name: abs(a - b) / max(abs(b), 1e-300) if a != b else 0.0 for name, (a, b) in pairs.items()}
+    return _worst(errors)
+
+
+def _differences(reference: Mapping[str, Tensor], found: list[dict[str, Tensor]]) -> Difference:
+    """Of every rank that has the tensor; one that no rank has is as wrong as can be."""
+    largest = max((float(t.norm()) for t in reference.values()), default=0.0)
+    errors = {}
+    for name, expected in reference.items():
+        scale = max(float(expected.norm()), FLOOR * largest) or 1.0
+        there = [float((rank[name] - expected).norm()) / scale for rank in found if name in rank]
+        errors[name.partition("/")[2]] = max(there, default=math.inf)
+    return _worst(errors)
+
+
+def _worst(errors: Mapping[str, float]) -> Difference:
+    if not errors:
+        return Difference()
+    where = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
+    first = next((name for name, error in errors.items() if not error <= TOLERANCE), "")
+    return Difference(error=errors[where], where=where, first=first)
+
+
+def _cause(
+    loss: Difference,
+    gradients: Difference,
+    parameters: Difference,
+    reference: Mapping[str, Tensor],
+    found: list[dict[str, Tensor]],
+) -> str:
+    """The likely cause in one sentence; empty where all is well."""
+    if loss.first == "step 1":
+        return (
+            "the loss of the first step differs already, so the forward pass does: it depends on which samples share "
+            "a microbatch, on the rank, on chance of its own, or on something that a part leaves to others beside what "
+            "it returns."
+        )
+    if gradients.first:
+        times = _factor(gradients.first, reference, found)
+        much = f": it is {times:.4g} times what it should be, so it was counted that often" if times else ""
+        return f"the loss is the same, but the gradient of '{gradients.first}' is not{much}."
+    if parameters.first or loss.first:
+        where = f"'{parameters.first}'" if parameters.first else f"the loss in {loss.first}"
+        return f"the first gradients are the same, but {where} differs later: look at the optimizer and at buffers."
+    return ""
+
+
+def _factor(name: str, reference: Mapping[str, Tensor], found: list[dict[str, Tensor]]) -> float:
+    """How many times its due a gradient is; 0 where that is not all."""
+    expected = reference[f"gradient/{name}"].flatten()
+    for rank in found:
+        if (here := rank.get(f"gradient/{name}")) is not None:
+            times = float(here.flatten() @ expected / (expected @ expected))
+            if float((here.flatten() - times * expected).norm()) <= TOLERANCE * float(here.norm()):
+                return times
+    return 0.0

@@ -1,0 +1,74 @@
+"""`verify` finds nothing where a plan computes the same, and the first parameter that differs where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shardwise.cli.main import run
+from shardwise.errors import SpecError
+from shardwise.train import api
+
+Train = Callable[..., Any]
+
+
+@pytest.mark.parametrize(
+    "plan", ["data=2", "data=2,exact=true", "pipeline=2", "data=8,pipeline=2", "pipeline=2,virtual=2,schedule=zbv"]
+)
+def test_a_plan_computes_the_same(plan: str, trained: Train, tmp_path: Path) -> None:
+    report = api.verify(tmp_path / "small.py", plan=plan, dropout=0.3)
+    assert report.same, report.text()
+    assert report.steps == 3
+    assert report.ranks <= 4
+    assert max(report.gradients.error, report.parameters.error, report.loss.error) < 1e-9
+    assert report.losses == pytest.approx(report.expected, rel=1e-9)
+    assert report.losses[0] != report.losses[1]
+    assert report.gradients.where
+
+
+SECRET = """
+class Net(torch.nn.Module):
+    def __init__(self, dropout):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(6, 16), Layer(16), Layer(16), torch.nn.Linear(16, 3))
+
+    def forward(self, inputs):
+        return self.layers(inputs)
+
+
+class Layer(torch.nn.Linear):
+    def __init__(self, width):
+        super().__init__(width, width)
+
+    def forward(self, x):
+        out = super().forward(x)
+        FAULT
+        return out
+"""
+FAULTS = {  # what rank 1 does that one process does not
+    "out = out * (1 + 0.1 * int(os.environ['RANK']))": "the loss of the first step differs already",
+    "out.requires_grad and out.register_hook(lambda g: g * (1 + int(os.environ['RANK'])))": "times what it should be",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_differs_is_named(fault: str, trained: Train, tmp_path: Path) -> None:
+    file = tmp_path / "small.py"
+    text = file.read_text()
+    start, end = text.index("class Net"), text.index("def kill_once")
+    file.write_text(text[:start] + SECRET.replace("FAULT", fault) + "\n\n" + text[end:])
+    report = api.verify(file, plan="pipeline=2")
+    assert not report.same
+    assert FAULTS[fault] in report.text()
+
+
+def test_the_command_says_so_and_what_changes_the_numbers_is_refused(
+    trained: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["verify", str(tmp_path / "small.py"), "--plan", "pipeline=2"]) == 0
+    assert "computes the same" in capsys.readouterr().out
+    with pytest.raises(SpecError, match="changes the numbers by its nature"):
+        api.verify(tmp_path / "small.py", plan="data=2,sync=local,sync.every=2")
