@@ -12,6 +12,7 @@ from jobs import Micro
 from torch import Tensor, nn
 
 from shardwise.data.order import stream_seed
+from shardwise.errors import JobError, NonFiniteLoss, SpecError
 from shardwise.models.cuts import profile_calls
 from shardwise.models.encoder import Encoder
 from shardwise.models.gpt import GPT
@@ -116,21 +117,17 @@ def top(output: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return scores.amax(-1).sum(), scores.new_tensor(float(scores[..., 0].numel()))
 
 
-def alone(rank: Rank, name: str, data: int, how: dict[str, Any]) -> Any:
-    plan = Plan(precision="float64")
-    replica = parallelize(made(name), plan, rank.mesh(plan))
-    curve = learn(replica, lambda n: [m for place in range(data) for m in share(name, n, place, data)], **how)
-    held_out = [micro(name, 100 + i, 0, 0).batch for i in range(3 * data + 1 - data % 2)]
-    if data == 2:
-        held_out = [micro(name, 100 + 2 * i + place, 0, 0).batch for place in range(2) for i in range(3)]
-    else:
-        held_out = [micro(name, 100 + 2 * i, 0, 0).batch for i in range(3)]
+def alone(rank: Rank, name: str, plan: Plan, how: dict[str, Any]) -> Any:
+    replica = parallelize(made(name), Plan(precision=plan.precision), rank.mesh(Plan(precision=plan.precision)))
+    places = range(plan.data)
+    curve = learn(replica, lambda n: [m for place in places for m in share(name, n, place, plan.data)], **how)
+    held_out = [micro(name, 100 + 2 * i + place, 0, 0).batch for place in places for i in range(3)]
     return curve, evaluate(replica, held_out, loss, {"top": top}), dict(replica.module.state_dict())
 
 
 def compare(name: str, how: dict[str, Any] | None = None, **fields: Any) -> list[Any]:
     plan = cut(name, Plan(precision="float64", microbatches=MICROS, **fields))
-    curve, tested, values = run_ranks(1, alone, name, plan.data, how or {})[0]
+    curve, tested, values = run_ranks(1, alone, name, plan, how or {})[0]
     found = run_ranks(plan.ranks, in_stages, name, plan, how or {})
     for here, tested_here, values_here, _ in found:
         assert [x for x, _ in here] == pytest.approx([x for x, _ in curve], rel=CLOSE)
@@ -157,6 +154,81 @@ def test_two_replicas_of_two_stages_train_like_one_process(name: str) -> None:
 def test_two_replicas_train_alike_under_every_schedule(schedule: str, virtual: int) -> None:
     compare("dropout", data=2, pipeline=2, schedule=schedule, virtual=virtual)
     compare("tied", data=2, pipeline=2, schedule=schedule, virtual=virtual)
+
+
+@pytest.mark.parametrize(("precision", "close"), [("bfloat16", 2e-3), ("float16", 2e-4), ("float32", 1e-5)])
+def test_a_pipeline_computes_in_the_plan_s_precision(precision: Any, close: float) -> None:
+    plan = cut("gpt", Plan(precision=precision, microbatches=MICROS, pipeline=2))
+    curve, tested, _ = run_ranks(1, alone, "gpt", plan, {})[0]
+    for here, tested_here, *_ in run_ranks(2, in_stages, "gpt", plan, {}):
+        assert [x for x, _ in here[:5]] == pytest.approx([x for x, _ in curve[:5]], rel=close)
+        assert tested_here["loss"] == pytest.approx(tested["loss"], rel=20 * close)
+
+
+class Poisoned(nn.Module):
+    """Its second block gives what is not a number in the third step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+        self.steps = 0
+
+    def forward(self, image: Tensor) -> Tensor:
+        for index, block in enumerate(self.blocks):
+            image = block(image)
+            if index == 1 and self.steps == 2:
+                image = image * torch.nan
+        return image
+
+
+def poisoned(rank: Rank, plan: Plan) -> tuple[str, list[list[float]]]:
+    torch.manual_seed(1)
+    replica = parallelize(Poisoned(), plan, rank.mesh(plan))
+    optimizer = torch.optim.SGD(replica.module.parameters(), lr=0.1)
+    said = ""
+    for number in range(3):
+        replica.module.steps = number  # type: ignore[assignment]
+        before = [p.detach().flatten().tolist() for _, p in replica.named()]
+        try:
+            step(replica, [optimizer], [Micro({"image": torch.ones(2, 4)}, 0)] * 2, loss=square)
+        except NonFiniteLoss as error:
+            said = str(error)
+            assert before == [p.detach().flatten().tolist() for _, p in replica.named()]
+    return said, before
+
+
+def square(output: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+    return output.square().sum(), output.new_tensor(float(output.numel()))
+
+
+def test_a_loss_that_is_not_a_number_is_an_error_on_every_rank_and_changes_nothing() -> None:
+    calls = profile_calls(Poisoned, {"image": torch.ones(2, 4)}, loss=square)
+    plan = with_stages(
+        Plan(pipeline=2, microbatches=2), ModelProfile(blocks=(), calls=calls), lambda s, a, b: float(b - a)
+    )
+    for said, _ in run_ranks(2, poisoned, plan):
+        assert "the loss is nan on rank 0. No parameter was changed." in said
+
+
+def refused(rank: Rank, plan: Plan, settings: dict[str, Any]) -> str:
+    with pytest.raises((SpecError, JobError)) as caught:
+        parallelize(made("gpt"), plan, rank.mesh(plan), **settings)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"coupled": "gather"}, "coupled='gather' does not go with pipeline=2"),
+        ({"compile": True}, "compile=True does not go with pipeline=2"),
+    ],
+)
+def test_what_does_not_go_with_a_pipeline_is_refused(settings: dict[str, Any], said: str) -> None:
+    assert all(said in each for each in run_ranks(2, refused, cut("gpt", Plan(pipeline=2)), settings))
+
+
+def test_a_pipeline_without_cuts_is_refused() -> None:
+    assert all("does not say where to cut" in each for each in run_ranks(2, refused, Plan(pipeline=2), {}))
 
 
 def test_gradients_are_clipped_by_the_norm_of_all_stages() -> None:
