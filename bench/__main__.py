@@ -22,6 +22,7 @@ BENCHMARKS = {
     "slow_link": "tokens a second and seconds to a loss over links of 10 Mbit/s and up, against DDP and its hooks",
     "compression": "held-out loss, bytes and computing of compressed gradients, 2 ranks, against an all-reduce",
     "param_server": "seconds a step with parameter servers, and the fast workers' rate beside one that is slowed 4 x",
+    "pipeline": "the bubble of each schedule on 2 and 4 ranks, and seconds a step against torch's and DeepSpeed's",
     "loader": "tokens a second of packed text from disk, and the memory that a corpus of 2 GB takes",
 }
 

@@ -40,6 +40,14 @@ class Mesh:
         self._owns_world = owns_world
         self._extra: list[Group] = []
 
+    def obey(self, plan: Plan) -> None:
+        """Take another plan of as many ranks; axes of other lengths get new groups. Every rank of the mesh calls it."""
+        before, self.plan = self.plan, plan
+        if any(getattr(before, axis) != getattr(plan, axis) for axis in AXES):
+            settings = next(iter(self._groups.values())).settings
+            self._extra += [group for group in self._groups.values() if group is not dist.group.WORLD]
+            self._groups = _axis_groups(plan, self.rank, self.world, settings, owns_world=self._owns_world)
+
     def axis(self, name: str) -> Axis:
         """The axis called `name`. Raises SpecError for a name that is not one of the plan's axes."""
         if name not in AXES:
@@ -137,6 +145,12 @@ def connect(
     owns_world = not dist.is_initialized()
     if owns_world:
         _init_world(store, rank, world, settings)
+    groups = _axis_groups(plan, rank, world, settings, owns_world=owns_world)
+    return Mesh(plan, rank, world, target, groups, owns_world)
+
+
+def _axis_groups(plan: Plan, rank: int, world: int, settings: GroupSettings, *, owns_world: bool) -> dict[str, Group]:
+    """The groups of the axes that are longer than one rank."""
     groups: dict[str, Group] = {}
     for axis in AXES:
         lines = _lines(plan, axis)
@@ -148,7 +162,7 @@ def connect(
             groups[axis] = default
         else:
             groups[axis] = _make_groups(lines, rank, axis, settings)
-    return Mesh(plan, rank, world, target, groups, owns_world)
+    return groups
 
 
 def _init_world(store: dist.Store | None, rank: int, world: int, settings: GroupSettings) -> None:

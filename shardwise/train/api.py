@@ -213,7 +213,7 @@ def prepare_run(
         kept = {"exact": before.exact, "precision": before.precision, "microbatches": before.microbatches}
         fixed = {**kept, **fixed}
     if ranks is not None:
-        fixed = {"data": ranks, **fixed}
+        fixed = {"data": max(1, ranks // build_plan({**fixed, "data": 1}).ranks), **fixed}
     chosen = search(found.profile, machines, found.facts, fixed, started=ranks)
     if cluster and ranks is None:
         refuse_places(chosen, discover(probe=False))
@@ -301,7 +301,7 @@ def _run_script(
     """Every rank runs the user's script, which opens a session of its own."""
     machines = discover(starter=starter)
     fixed = parse_plan(plan_text or "")
-    chosen = build_plan({"data": max(1, len(machines.devices) // build_plan(dict(fixed)).ranks), **fixed})
+    chosen = build_plan({"data": max(1, len(machines.devices) // build_plan({**fixed, "data": 1}).ranks), **fixed})
     refuse_unbuilt(chosen)
     refuse_places(chosen, machines)
     folder = RunFolder.create(root, name=name or script.stem)

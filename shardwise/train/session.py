@@ -56,7 +56,7 @@ class Session:
     def __enter__(self) -> Session:
         self.context = context.current(self._plan)
         self.mesh = self.context.mesh
-        self.mesh.plan = self._chosen_plan()
+        self.mesh.obey(self._chosen_plan())
         self._refuse_unplayed()
         if self.job is not None and self.mesh.world > 1:
             refuse_unallowed(self.mesh.plan, self.job.allow)
@@ -164,8 +164,9 @@ class Session:
             print(*what, flush=True)
 
     def _chosen_plan(self) -> Plan:
-        """The launcher's mesh, with what this session says of precision and exactness."""
-        plan = self.mesh.plan
+        """The launcher's mesh, with what this session says of precision and exactness; an earlier session's cuts were
+        those of another model."""
+        plan = structs.replace(self.mesh.plan, blocks=(), stages=())
         if self._plan is not None:
             return self._plan
         if self.job is not None and plan.precision == "float32":

@@ -117,7 +117,7 @@ def environment(argv: dict[str, Any]) -> Path:
     with closing(mesh):
         path = open_run(**argv, ranks=mesh.world) if mesh.rank == 0 else None
         folder = RunFolder(Path(context.agree(mesh, str(path) if path else "")))
-        mesh.plan = files.load(folder.path / "plan.json", Plan)
+        mesh.obey(files.load(folder.path / "plan.json", Plan))
         began = time.perf_counter()
         with recorded(folder, mesh):
             status, step = "failed", 0
