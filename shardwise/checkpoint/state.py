@@ -14,7 +14,7 @@ from torch import nn
 from shardwise.checkpoint.manifest import Manifest
 from shardwise.checkpoint.tensorfile import dtype_of
 from shardwise.errors import CheckpointError
-from shardwise.spec.layout import holds, local_shape
+from shardwise.spec.layout import holds, local_shape, stage_rank, stages_with
 from shardwise.spec.plan import Plan
 
 _HOW = ("foreach", "fused", "capturable", "differentiable")  # how an optimizer computes here, not what
@@ -98,11 +98,17 @@ def collect(
     return {n: t for n, t in every.items() if plan is None or holds(n, plan, rank)}, scalars
 
 
-def merge_optimizers(described: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One description of what several ranks have described: each knows the state of the parameters that it holds."""
-    merged = [dict(one) for one in described[0]]
-    for number, one in enumerate(merged):
-        one["state"] = {name: state for each in described for name, state in each[number]["state"].items()}
+def merge(scalars: Sequence[dict[str, Any]], plan: Plan) -> dict[str, Any]:
+    """One set of scalars of what the places of the pipeline axis have, in their order: each knows the optimizer state
+    of the parameters, and the extra state of the modules, that it has."""
+    merged = dict(scalars[0])
+    merged["optimizers"] = [dict(one) for one in merged["optimizers"]]
+    for number, one in enumerate(merged["optimizers"]):
+        one["state"] = {n: state for each in scalars for n, state in each["optimizers"][number]["state"].items()}
+    merged["extra_state"] = {
+        name: scalars[stage_rank(stages_with(f"model/{name}", plan)[0], plan)]["extra_state"][name]
+        for name in merged["extra_state"]
+    }
     return merged
 
 
@@ -132,7 +138,7 @@ class OptimizerLoad:
                 p: {key: self._rebuild(value, p, group, key) for key, value in one.state[names[id(p)]].items()}
                 for group in optimizer.param_groups
                 for p in group["params"]
-                if names[id(p)] in one.state
+                if names[id(p)] in one.state and holds(f"model/{names[id(p)]}", plan, rank)
             }
             for optimizer, one in zip(optimizers, self._described, strict=True)
         ]

@@ -13,7 +13,7 @@ def verify(
     file: JobFile,
     sets: Sets = None,
     plan: PlanText = None,
-    steps: Annotated[int, typer.Option(help="How many steps to compare.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="How many steps to compare.")] = 3,
 ) -> None:
     """Compare a plan with one device on a small copy of the job: losses, gradients and parameters."""
     from shardwise.train import api

@@ -41,11 +41,11 @@ def parts(flow: Dataflow, firsts: Sequence[int]) -> list[Part]:
     ends = [*firsts[1:], count]
     needs = [_needed(flow, first, end) for first, end in zip(firsts, ends, strict=True)]
     for first, each in zip(firsts, needs, strict=True):
-        if early := [after for after in each.drawn if after < first]:
+        if early := [(after, line) for after, line in each.drawn if after < first]:
             raise JobError(
                 f"the model cannot be cut before '{flow.calls[first].name}': what comes after it needs random numbers "
-                f"that forward draws itself (dropout outside of its parts), after {min(early)} of their calls. Put the "
-                "dropout into a part, or use fewer stages."
+                f"that forward draws itself{min(early)[1]} (dropout outside of its parts). Put the dropout into a "
+                "part, or use fewer stages."
             )
     return [
         Part(first, end - 1, _live(needs[number:], first), _live(needs[number + 1 :], end), needs[number].tensors)
@@ -106,7 +106,7 @@ def _profiled(
     found = []
     for number, one in enumerate(flow.calls):
         block, beside = costs[one.name], around.get(number)
-        own = [*module.get_submodule(one.name).parameters()]
+        own = [p for name, p in module.named_parameters() if name.startswith(f"{one.name}.")]
         flops, kept = block.forward_flops / counts[one.name], block.activation_bytes / counts[one.name]
         if beside is not None:
             flops, kept = flops + beside.forward_flops, kept + beside.activation_bytes
@@ -125,11 +125,12 @@ def _profiled(
     return tuple(found)
 
 
-def _reads(module: nn.Module, flow: Dataflow, number: int) -> tuple[str, ...]:
-    """The first names of the parameters that call `number` takes and that are not called after its part."""
+def _reads(module: nn.Module, flow: Dataflow, number: int) -> dict[str, tuple[int, int]]:
+    """Elements and bytes of the parameters that call `number` takes and that are not called after its part."""
     name = flow.calls[number].name
     part = Part(number, number, (), (), _needed(flow, number, number + 1).tensors)
-    return tuple(each for each in held(module, flow, part) if not each.startswith(f"{name}."))
+    taken, every = held(module, flow, part), dict(module.named_parameters())
+    return {each: (every[each].numel(), every[each].nbytes) for each in taken if not each.startswith(f"{name}.")}
 
 
 def _nbytes(value: Made) -> int:

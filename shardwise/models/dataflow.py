@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 
@@ -59,11 +60,11 @@ Leaf = Passed | Made | Plain
 
 class Needs(NamedTuple):
     """Where a value comes from, through code outside of the calls: what they returned, parameters and buffers, and
-    after how many calls that code drew random numbers."""
+    after how many calls, and in which line, that code drew random numbers."""
 
     values: frozenset[Value] = frozenset()
     tensors: frozenset[str] = frozenset()
-    drawn: frozenset[int] = frozenset()
+    drawn: frozenset[tuple[int, str]] = frozenset()
 
     def __or__(self, other: Any) -> Needs:
         return Needs(self.values | other.values, self.tensors | other.tensors, self.drawn | other.drawn)
@@ -129,7 +130,7 @@ def units(module: nn.Module, counts: Mapping[str, int]) -> list[str]:
             return False
         own = num_parameters([part])
         apart = not blocks and counts[name] == 1 and own > LARGE * total and any(True for _ in part.children())
-        return own > 0 and not apart
+        return (own > 0 or (isinstance(part, _NormBase) and part.track_running_stats)) and not apart
 
     walk("", module)
     return found
@@ -162,6 +163,7 @@ class _Watch(TorchDispatchMode):
         self._versions: dict[int, int] = {}
         self._arguments: list[Any] = []
         self._needs = Needs()
+        self._buffers = {_storage(buffer): name for name, buffer in module.named_buffers()}
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             self._note(tensor, Needs(tensors=frozenset([name])))
 
@@ -180,7 +182,9 @@ class _Watch(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.random = True
             if self._open is None:
-                needs |= Needs(drawn=frozenset([len(self.calls)]))
+                needs |= Needs(drawn=frozenset([(len(self.calls), _line())]))
+        if func._schema.is_mutable:
+            self._refuse_written(func, args, kwargs)
         out = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         old = [_storage(tensor) for tensor in given]
@@ -192,6 +196,19 @@ class _Watch(TorchDispatchMode):
                 self._made.add(_storage(tensor))
         return out
 
+    def _refuse_written(self, func: Any, args: Any, kwargs: Any) -> None:
+        """A buffer changes where its own part is called, or it would be another one on each stage."""
+        for number, argument in enumerate(func._schema.arguments):
+            value = args[number] if number < len(args) else kwargs.get(argument.name)
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            name = self._buffers.get(_storage(value)) if written and isinstance(value, Tensor) else None
+            if name is not None and (self._open is None or not name.startswith(f"{self._open}.")):
+                raise JobError(
+                    f"the model changes its buffer '{name}'{_line()}, outside of the part that it belongs to, so "
+                    "stages would not agree on it. Change it in the forward of the module that has it, inside of a "
+                    "block."
+                )
+
     def _read(self, given: list[Tensor]) -> None:
         """What a call reads counts as what it needs, however it came by it."""
         older = [tensor for tensor in given if _storage(tensor) not in self._made]
@@ -202,7 +219,10 @@ class _Watch(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
         for tensor in tensors:
             if (block := self._inside.get(_storage(tensor))) is not None:
-                raise JobError(f"'{block}' leaves a tensor to others beside what it returns; return it instead.")
+                raise JobError(
+                    f"'{block}' leaves a tensor to others beside what it returns, which the model takes{_line()}; "
+                    "return it instead."
+                )
         return self._of(tensors)
 
     def enter(self, name: str, _: nn.Module, args: Any, kwargs: Any) -> None:

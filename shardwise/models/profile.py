@@ -63,7 +63,7 @@ def on_samples(measure: Callable[[nn.Module, Any, int], T], build: Build, exampl
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         for name, run in RUNS.items():
             try:
-                with _quiet():
+                with quiet():
                     return run(measure, build, example, samples)
             except ShardwiseError:
                 raise
@@ -259,7 +259,7 @@ def _built(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the traceback that torch logs when an operator has no fake form: the next attempt needs none."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before, logger.disabled = logger.disabled, True

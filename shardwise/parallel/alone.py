@@ -47,6 +47,9 @@ class Alone:
     def norm(self, without: Collection[str] | None = None) -> float:
         return norm_of([p.grad for n, p in self._parameters.items() if p.grad is not None and n not in (without or ())])
 
+    def zero(self, name: str) -> None:
+        self._parameters[name].grad = torch.zeros_like(self._parameters[name])
+
     def scale(self, factor: float) -> None:
         if grads := [p.grad for p in self._parameters.values() if p.grad is not None]:
             torch._foreach_mul_(grads, factor)

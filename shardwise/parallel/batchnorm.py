@@ -37,8 +37,10 @@ class BatchNormSync:
         self._device = device
         self._counts = [0] * group.size()
         self._announcing = False
-        self._paused = False
-        for norm in norms.values():
+        self._open()
+
+    def _open(self) -> None:
+        for norm in self._norms.values():
             norm.forward = functools.partial(torch.compiler.disable(self._normalise), norm)  # type: ignore[method-assign]
 
     @property
@@ -48,12 +50,12 @@ class BatchNormSync:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """In this block norms are of this rank alone."""
-        self._paused = True
+        """In this block norms are as they were, of this rank alone."""
+        self.close()
         try:
             yield
         finally:
-            self._paused = False
+            self._open()
 
     def begin(self, micros: int) -> None:
         """Start a step with `micros` microbatches on this rank. Collective."""
@@ -124,7 +126,7 @@ class BatchNormSync:
 
     def _normalise(self, norm: _BatchNorm, input: Tensor) -> Tensor:
         norm._check_input_dim(input)
-        if not norm.training or self._paused:
+        if not norm.training:
             return type(norm).forward(norm, input)
         output: Tensor
         output, mean, variance, count = _Normalise.apply(input, norm.weight, norm.bias, norm.eps, self)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -10,14 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_flatten, tree_map
 
 from shardwise.errors import JobError, ShardwiseError
-from shardwise.models.cuts import Part, parts
+from shardwise.models.cuts import Part, held, parts
 from shardwise.models.dataflow import Dataflow, Forward, Loss, dataflow
+from shardwise.models.profile import quiet
 from shardwise.spec.plan import Plan
 
-Look = Callable[[Any], Dataflow]
+MOST = 256  # routes that are kept
 Copy = Callable[[Tensor], Tensor]
 
 
@@ -29,39 +32,59 @@ class Route(NamedTuple):
 
 
 class Flows:
-    """Routes of a module that is cut as `plan` says, each found once. `quiet` is around a run that must tell nobody."""
+    """Routes of a module that is cut as `plan` says, each found once, on a copy of the module without its numbers.
 
-    def __init__(self, module: nn.Module, plan: Plan, quiet: Callable[[], AbstractContextManager[Any]]) -> None:
+    In the block of `bare()` the module is as the user made it. `numbers` are the stages of this rank, and `kept` is
+    what it has of the module.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        plan: Plan,
+        bare: Callable[[], AbstractContextManager[Any]],
+        *,
+        numbers: Sequence[int],
+        kept: Collection[str],
+    ) -> None:
         self._module = module
         self._blocks = plan.blocks
         self._firsts = [stage.first for stage in plan.stages]
-        self._quiet = quiet
+        self._bare = bare
+        self._numbers, self._kept = tuple(numbers), kept
+        self._dropouts = [part for part in module.modules() if isinstance(part, _DropoutNd)]
         self._known: dict[Any, Route] = {}
 
     def route(self, batch: Any, *, forward: Forward | None = None, loss: Loss | None = None) -> Route:
         """The route of `batch` in the module's mode of now; without `loss` all of the output is wanted.
 
-        Raises JobError where the module cannot be cut with such a batch, or calls other parts than the plan has.
+        Raises JobError where the module cannot be cut with such a batch, calls other parts than the plan has, or needs
+        a parameter that this rank does not have.
         """
         leaves, tree = tree_flatten(batch)
-        shapes = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
+        shapes = tuple(_kind(leaf) for leaf in leaves)
         trained = tuple(p.requires_grad for p in self._module.parameters())
-        key = (str(tree), shapes, self._module.training, torch.is_grad_enabled(), trained, loss is None)
+        chances = tuple(part.p for part in self._dropouts)
+        key = (str(tree), shapes, self._module.training, torch.is_grad_enabled(), trained, chances, loss is None)
         if key not in self._known:
+            if len(self._known) == MOST:
+                self._known.pop(next(iter(self._known)))
             self._known[key] = self._look(batch, forward, loss)
         return self._known[key]
 
     def _look(self, batch: Any, forward: Forward | None, loss: Loss | None) -> Route:
-        def look(given: Any) -> Dataflow:
-            return dataflow(self._module, given, forward=forward, loss=loss)
-
-        with torch.random.fork_rng(), self._quiet():
+        with torch.random.fork_rng(), quiet():
             try:
-                flow = self._on_fake(look, batch)
+                mode = FakeTensorMode(allow_non_fake_inputs=True)
+                given = tree_map(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, batch)
+                with mode:
+                    twin = self._twin(_empty, _empty)
+                    flow = dataflow(twin, given, forward=forward, loss=loss)
             except ShardwiseError:
                 raise
             except Exception:  # its code looks at numbers: run it on this batch, with zeros for what is elsewhere
-                flow = self._on_zeros(look, batch)
+                twin = self._twin(torch.detach, torch.clone)
+                flow = dataflow(twin, batch, forward=forward, loss=loss)
         called = tuple(one.name for one in flow.calls)
         if called != self._blocks:
             number, here, there = _first_difference(called, self._blocks)
@@ -69,37 +92,36 @@ class Flows:
                 f"call {number} of the model with this batch is of '{here}', and was of '{there}' when the plan was "
                 "made. Let forward call its parts in one order for every batch."
             )
-        return Route(flow, tuple(parts(flow, self._firsts)))
-
-    def _on_fake(self, look: Look, batch: Any) -> Dataflow:
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        given = tree_map(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, batch)
-        with mode:
-            return self._on(look, given, _empty, _empty)
-
-    def _on_zeros(self, look: Look, batch: Any) -> Dataflow:
-        return self._on(look, batch, torch.detach, torch.clone)
-
-    def _on(self, look: Look, batch: Any, parameter: Copy, buffer: Copy) -> Dataflow:
-        """`look(batch)` with copies in the place of the module's own tensors, so that none of those changes."""
-        frame = _Frame(self._module, look)
-        tensors = {name: parameter(p).requires_grad_(p.requires_grad) for name, p in frame.named_parameters()}
-        tensors |= {name: buffer(b) for name, b in frame.named_buffers()}
-        found: Dataflow = torch.func.functional_call(frame, tensors, (batch,), tie_weights=True)
+        found = Route(flow, tuple(parts(flow, self._firsts)))
+        self._refuse_missing(twin, found)
         return found
 
+    def _twin(self, parameter: Copy, buffer: Copy) -> nn.Module:
+        """A copy with other tensors: whatever its forward leaves in it, the module itself stays as it is."""
+        memo: dict[int, Any] = {}
+        for p in self._module.parameters():
+            memo[id(p)] = nn.Parameter(parameter(p.detach()), requires_grad=p.requires_grad)
+        for b in self._module.buffers():
+            memo[id(b)] = buffer(b)
+        with self._bare():
+            return copy.deepcopy(self._module, memo)
 
-class _Frame(nn.Module):
-    """`functional_call` calls this, whose parameters are those of the module inside."""
+    def _refuse_missing(self, twin: nn.Module, route: Route) -> None:
+        for number in self._numbers:
+            missing = [name for name in held(twin, route.flow, route.parts[number]) if name not in self._kept]
+            if missing:
+                raise JobError(
+                    f"with this batch stage {number} needs '{missing[0]}', which is in another stage: the model did "
+                    "not use it there when the plan was made. Let forward use the same parameters for every batch, in "
+                    "training and in evaluation."
+                )
 
-    def __init__(self, inside: nn.Module, look: Look) -> None:
-        super().__init__()
-        self.inside = inside
-        self._look = look
-        self.training = inside.training
 
-    def forward(self, batch: Any) -> Dataflow:
-        return self._look(batch)
+def _kind(leaf: Any) -> Any:
+    """What of a leaf may decide how values flow."""
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype
+    return leaf if isinstance(leaf, int | float | bool | None) else type(leaf)
 
 
 def _empty(tensor: Tensor) -> Tensor:

@@ -77,6 +77,11 @@ class Replica:
         every = self.module.named_parameters()
         return [(name, p) for name, p in every if self.pipelined is None or name in self.pipelined.kept]
 
+    def buffers(self) -> list[torch.Tensor]:
+        """The buffers that this rank has."""
+        every = self.module.named_buffers()
+        return [buffer for name, buffer in every if self.pipelined is None or name in self.pipelined.kept]
+
     @property
     def has_outputs(self) -> bool:
         """Whether this rank computes the module's outputs, and the loss."""
@@ -200,7 +205,7 @@ class Replica:
 
     def sync_buffers(self) -> None:
         """Every rank takes rank 0's buffers (running statistics). Collective; `evaluate` and whoever saves call it."""
-        buffers = [b for n, b in self.module.named_buffers() if self.pipelined is None or n in self.pipelined.kept]
+        buffers = self.buffers()
         if self.axis.group is not None and buffers:
             broadcast_all(buffers, self.axis.group)
 
@@ -229,6 +234,8 @@ class Replica:
     def close(self) -> None:
         """Leave the module as an ordinary one: no hooks, batch norms as they were, gradients None."""
         self.synchroniser.close()
+        if self.pipelined is not None:
+            self.pipelined.close()
         if self._norms is not None:
             self._norms.close()
         if self._watch is not None:
@@ -246,7 +253,8 @@ def parallelize(
     logical_shards: int = 4,
     allow: Sequence[str] = (),
 ) -> Replica:
-    """Make `module` a replica on this rank: moved to the mesh's device, with rank 0's values, in place. Collective.
+    """Make `module` a replica on this rank: moved to the mesh's device, with the first replica's values, in place.
+    With a pipeline it has the parameters of this rank's stages alone. Collective.
 
     `logical_shards` is the number of shards of the global batch in exact mode; `allow` names the words
     that `sync=auto` may choose. Raises SpecError for what the plan asks
@@ -256,7 +264,7 @@ def parallelize(
     norms = batch_norms(module)
     _refuse_combinations(plan, list(norms), batch_norm, coupled)
     if plan.pipeline > 1:
-        _refuse_with_pipeline(plan, coupled, compile=compile)
+        _refuse_with_pipeline(module, plan, coupled, compile=compile)
     if mesh.device.type == "cpu":
         keep_freed_memory()
     pipelined = Pipelined(module, plan, mesh) if plan.pipeline > 1 else None
@@ -267,14 +275,14 @@ def parallelize(
     _refuse_unlike(module, mesh)
     if axis.group is not None:
         broadcast_all(_held(module, plan, mesh.rank), axis.group)
-    if pipelined is not None:
-        pipelined.begin()
-    norms = {name: norm for name, norm in norms.items() if holds(f"model/{name}.weight", plan, mesh.rank)}
     sync = None
     if norms and batch_norm == "sync" and axis.size > 1:
         second = mesh.second_group("data")
         assert second is not None
-        sync = BatchNormSync(norms, second, mesh.device)
+        here = {name: norm for name, norm in norms.items() if holds(f"model/{name}.weight", plan, mesh.rank)}
+        sync = BatchNormSync(here, second, mesh.device)
+    if pipelined is not None:
+        pipelined.begin()
     if compile:
         module.compile()
     return Replica(
@@ -326,7 +334,7 @@ def _refuse_combinations(plan: Plan, norms: Sequence[str], batch_norm: str, coup
         refuse_together(plan, "coupled", "coupled='gather'")
 
 
-def _refuse_with_pipeline(plan: Plan, coupled: str, *, compile: bool) -> None:
+def _refuse_with_pipeline(module: nn.Module, plan: Plan, coupled: str, *, compile: bool) -> None:
     if not plan.stages:
         raise SpecError(
             f"the plan {plan} does not say where to cut the model. Let sw.plan or sw.session make it, or give its "
@@ -336,6 +344,11 @@ def _refuse_with_pipeline(plan: Plan, coupled: str, *, compile: bool) -> None:
         raise SpecError(f"coupled='gather' does not go with pipeline={plan.pipeline} yet. Use the data axis alone.")
     if compile:
         raise SpecError(f"compile=True does not go with pipeline={plan.pipeline} yet. Leave it out.")
+    if any(name.startswith("_orig_mod.") or "._orig_mod." in name for name, _ in module.named_parameters()):
+        raise SpecError(
+            f"the model is compiled (torch.compile), which does not go with pipeline={plan.pipeline} yet. Build it "
+            "without."
+        )
 
 
 def _refuse_unlike(module: nn.Module, mesh: Mesh) -> None:

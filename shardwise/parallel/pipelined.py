@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -69,11 +70,12 @@ class Pipelined:
     def attach(self, replica: Replica) -> None:
         """The replica that these are the stages of."""
         self._replica = replica
-        self._flows = Flows(replica.module, self._plan, replica.quiet)
+        self._flows = Flows(replica.module, self._plan, self._bare, numbers=self.numbers, kept=self.kept)
 
     def begin(self) -> None:
         """What several ranks of the pipeline hold is alike from now on. Collective."""
         self._ties.spread(self._module)
+        self._stage.open()
 
     @property
     def last(self) -> bool:
@@ -99,27 +101,37 @@ class Pipelined:
         for batch in batches:
             micro = Micro(batch, self._route(batch, forward, None))
             self._micros, self._streams = [micro], []
+            found: Any = ()
             for number in self.numbers:
-                came = [] if number == 0 else received(micro.route, number, self._mesh.device)
-                for tensor in came:
-                    self.group.recv([tensor], stage_rank(number - 1, self._plan)).wait()
-                found = self._compute(number, 0, [tensor.detach() for tensor in came])
+                found = self._compute(number, 0, self._arriving(number, micro.route, found))
                 if number + 1 == self.count:
                     yield found, batch
-                    continue
-                for work in [self.group.send([tensor], stage_rank(number + 1, self._plan)) for tensor in found]:
-                    work.wait()
+                elif (target := stage_rank(number + 1, self._plan)) != self.group.rank():
+                    for work in [self.group.send([tensor], target) for tensor in found]:
+                        work.wait()
         self._micros = []
+
+    def _arriving(self, number: int, route: Route, before: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What a stage takes in; `before` is what this rank's stage before it gave, which may be the one."""
+        if number == 0:
+            return ()
+        source = stage_rank(number - 1, self._plan)
+        if source == self.group.rank():
+            return before
+        came = received(route, number, self._mesh.device)
+        for tensor in came:
+            self.group.recv([tensor], source).wait()
+        return [tensor.detach() for tensor in came]
 
     def settle(self, counted: Totals) -> Totals:
         """After the reducer has finished: sum the gradients of what several stages hold, take the norm of all of them,
         and tell everybody what the last stage's ranks counted. Collective over the pipeline."""
         replica = self._attached()
-        self._ties.sum(dict(replica.named()))
+        self._ties.sum(dict(replica.named()), replica.reducer.zero)
         own = replica.reducer.norm(self._ties.elsewhere) if self._ties.names else replica.reducer.norm()
         slots = replica.axis.size
         row = torch.zeros(4 + slots, dtype=torch.float64, device=self._mesh.device)
-        said = [own**2, *((counted.loss_sum, counted.weight, replica.guess) if self.last else (0.0, 0.0, 0.0))]
+        said = [own * own, *((counted.loss_sum, counted.weight, replica.guess) if self.last else (0.0, 0.0, 0.0))]
         row[:4] = torch.tensor(said, dtype=torch.float64)
         if self.last:
             row[[4 + slot for slot in counted.bad]] = 1.0
@@ -152,8 +164,15 @@ class Pipelined:
 
     def _route(self, batch: Any, forward: Forward | None, loss: Loss | None) -> Route:
         assert self._flows is not None
-        with self._attached().formats.forward():
+        about = user_code("the model", about=lambda: f"The batch was {shapes(batch)}.")
+        with about, self._attached().formats.forward():
             return self._flows.route(batch, forward=forward, loss=loss)
+
+    @contextlib.contextmanager
+    def _bare(self) -> Iterator[None]:
+        """The module as the user made it."""
+        with self._stage.closed(), self._attached().quiet():
+            yield
 
     def _compute(self, number: int, chunk: int, came: Sequence[Tensor]) -> Any:
         replica = self._attached()
@@ -162,7 +181,9 @@ class Pipelined:
             replica.seed(self._streams[chunk])
         with replica.formats.forward():
             with user_code("the model", about=lambda: f"The batch was {shapes(batch)}."):
-                found = self._stage.run(route.flow, route.parts[number], batch, came, forward=self._forward)
+                # As they are, autocast would keep casts of them over microbatches that share a buffer.
+                values = [tensor.view_as(tensor) if tensor.requires_grad else tensor for tensor in came]
+                found = self._stage.run(route.flow, route.parts[number], batch, values, forward=self._forward)
             if number + 1 < self.count or self._head is None:
                 return found
             return self._head(found, batch, chunk)

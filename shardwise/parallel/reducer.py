@@ -159,6 +159,12 @@ class Reducer:
             return norm_of([p.grad for name, p in pairs if p.grad is not None and name not in (without or ())])
         return math.hypot(*self._norms)
 
+    def zero(self, name: str) -> None:
+        """After `finish`: a parameter that no rank of this axis used has a gradient of zeros."""
+        index = self._names.index(name)
+        bucket, position = self._place[index]
+        self._parameters[index].grad = bucket.current.views[position].zero_()
+
     def scale(self, factor: float) -> None:
         """Multiply all gradients."""
         for bucket in self._buckets:

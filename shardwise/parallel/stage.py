@@ -7,7 +7,8 @@ arguments are made by the module's own code on each stage, and nothing has to be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -45,9 +46,13 @@ class Stage:
         for name, parameter in module.named_parameters():
             if name not in kept:
                 parameter.data = stand_in(parameter.shape, parameter.dtype, parameter.device)
-        inner_by_name = {name: module.get_submodule(name) for name in names}
-        self._patched = [(inner, vars(inner).get("forward")) for inner in inner_by_name.values()]
-        for name, inner in inner_by_name.items():
+        self._inner = {name: module.get_submodule(name) for name in names}
+        self._replaced: dict[str, Any] = {}
+
+    def open(self) -> None:
+        """Count the calls of the module's parts from now on."""
+        self._replaced = {name: vars(inner).get("forward") for name, inner in self._inner.items()}
+        for name, inner in self._inner.items():
             inner.forward = partial(self._visit, name, inner.forward)
 
     def run(
@@ -77,10 +82,22 @@ class Stage:
 
     def close(self) -> None:
         """The module's parts run as they did before; what other stages hold stays away."""
-        for inner, replaced in self._patched:
-            del inner.forward
+        for name, replaced in self._replaced.items():
+            del self._inner[name].forward
             if replaced is not None:  # the user's own, on this one object
-                inner.forward = replaced
+                self._inner[name].forward = replaced
+        self._replaced = {}
+
+    @contextlib.contextmanager
+    def closed(self) -> Iterator[None]:
+        """In this block the module is as the user made it."""
+        opened = bool(self._replaced)
+        self.close()
+        try:
+            yield
+        finally:
+            if opened:
+                self.open()
 
     def _visit(self, name: str, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._counting:  # a part of a part, or one that backward computes again

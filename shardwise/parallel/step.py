@@ -84,7 +84,7 @@ def step(
     scaler = scaler or replica.scaler
     if not replica.module.training:
         replica.module.train()
-    buffers = list(replica.module.buffers()) if on_nan == "skip" else []
+    buffers = replica.buffers() if on_nan == "skip" else []
     before = [buffer.clone() for buffer in buffers]  # a batch that is skipped must leave no trace in running statistics
     try:
         totals, waited = _gradients(replica, micro, loss, forward, scaler)
@@ -212,11 +212,14 @@ def _in_stages(
         _refuse_constant(total)
         return total * replica.scale(scaler)
 
+    if not micro:  # what it answers to the others comes before what the reducer sends, as on those
+        replica.stand_in(0, loss)
     replica.reducer.begin_micro(last=False)
     batches = [replica.formats.place(one.batch) for one in micro]
     with user_code("backward of the loss"):
         pipelined.train(batches, [one.stream for one in micro], head, loss, forward)
-    replica.stand_in(len(micro), loss)
+    if micro:
+        replica.stand_in(len(micro), loss)
 
 
 def _loss_of(replica: Replica, one: MicroBatch, loss: Loss, forward: Any, *, first: bool, pieces: int) -> Tensor:

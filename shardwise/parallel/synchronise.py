@@ -138,8 +138,8 @@ class Synchroniser:
 
 
 def chosen_bucket_bytes(named: Named, axis: Axis) -> int:
-    """The size of buckets that the axis's transport usually asks for, alike on all ranks and in every run; between hosts
-    what the links ask for that the ranks measured when they met."""
+    """The size of buckets that the axis's transport usually asks for, alike on all ranks and in every run; between
+    hosts what the links ask for that the ranks measured when they met."""
     size = sum(parameter.numel() * parameter.element_size() for _, parameter in named if parameter.requires_grad)
     if axis.group is not None and axis.group.transport != "nccl" and (measured := axis.group.measured) is not None:
         return choose_bucket_bytes(size, measured, TRANSPORTS["gloo"].work_s)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -35,25 +35,29 @@ class Ties:
         """Every holder of a tied parameter or shared buffer takes the first one's values. Collective."""
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             first, *others = places_of(name, self._plan)
+            if not others or self._here not in (first, *others):
+                continue
             dense = tensor.detach().contiguous()
             if self._here == first:
                 for work in [self._group.send([dense], place) for place in others]:
                     work.wait()
-            elif self._here in others:
+            else:
                 self._group.recv([dense], first).wait()
                 tensor.detach().copy_(dense)
 
-    def sum(self, named: Mapping[str, nn.Parameter]) -> None:
-        """Every holder's gradient becomes the sum of all holders'; one that no holder has stays None. Collective."""
+    def sum(self, named: Mapping[str, nn.Parameter], zero: Callable[[str], None]) -> None:
+        """Every holder's gradient becomes the sum of all holders'; one that no holder has stays None. `zero` gives a
+        parameter a gradient where it has none. Collective."""
         trained = [name for name in self.names if name in named and named[name].requires_grad]
         used = self._used(named)
         for name in trained:
             places = self.names[name]
             if used[name] and self._here in places:
-                parameter = named[name]
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                self._exchange(parameter.grad, places)
+                if named[name].grad is None:
+                    zero(name)
+                grad = named[name].grad
+                assert grad is not None
+                self._exchange(grad, places)
 
     def _used(self, named: Mapping[str, nn.Parameter]) -> dict[str, bool]:
         """Which of them has a gradient anywhere."""

@@ -77,11 +77,13 @@ def pipeline_bytes(profile: ModelProfile, plan: Plan, job: JobFacts) -> dict[str
 
 def _bytes(calls: Chain, plan: Plan, job: JobFacts, stage: int, first: int, last: int) -> dict[str, int]:
     count, size = calls.parameters(first, last)
-    samples = micro_samples(plan, job) * in_flight(plan, stage)
+    samples = micro_samples(plan, job)
     width = 0.5 if plan.precision in ("bfloat16", "float16") else 1.0
+    kept = calls.activation_bytes(first, last) * in_flight(plan, stage)
+    arriving = calls.arriving_bytes(first) * plan.microbatches  # each microbatch has a place to arrive at
     return {
         "parameters": size,
         "gradients": size,
         "optimizer": count * job.state_bytes_per_parameter,
-        "activations": int((calls.activation_bytes(first, last) + calls.crossing_bytes(first, last)) * samples * width),
+        "activations": int((kept + arriving) * samples * width),
     }

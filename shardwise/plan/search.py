@@ -18,8 +18,6 @@ from shardwise.spec.plan import Plan, Prediction, build_plan
 from shardwise.spec.profile import ModelProfile
 from shardwise.units import format_bytes
 
-FILL = 4  # microbatches for each stage, where the plan leaves them open: the bubble is then a fifth of a step
-
 
 def search(
     profile: ModelProfile,
@@ -50,10 +48,11 @@ def search(
     room = min(device.memory_bytes for device in cluster.devices)
     largest = max(1, job.global_batch // plan.data)
     plan = _buckets(plan, profile, cluster)
-    if plan.pipeline > 1 and "microbatches" not in fixed and not profile.batch_norms:
-        plan = structs.replace(plan, microbatches=min(largest, FILL * plan.pipeline))
+    if "microbatches" not in fixed and not profile.batch_norms:
+        plan = structs.replace(plan, microbatches=max(plan.microbatches, min(largest, filling(plan))))
+    asked = plan.stages
     while True:
-        plan = settled(plan, profile, cluster, job)
+        plan = settled(structs.replace(plan, stages=asked), profile, cluster, job)
         assert plan.predicted is not None
         if not room or plan.predicted.peak_bytes <= room:
             return plan
@@ -61,6 +60,11 @@ def search(
         if "microbatches" in fixed or profile.batch_norms or not more:
             raise _too_big(plan.predicted, plan, room, more=more, norms=profile.batch_norms)
         plan = structs.replace(plan, microbatches=min(largest, plan.microbatches * 2))
+
+
+def filling(plan: Plan) -> int:
+    """How many microbatches keep the ranks of a pipeline busy: four for each, so that a fifth of a step is idle."""
+    return 4 * plan.pipeline if plan.pipeline > 1 else 1
 
 
 def settled(plan: Plan, profile: ModelProfile, cluster: Cluster, job: JobFacts) -> Plan:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from glob import escape
 from itertools import accumulate
 from typing import NamedTuple
 
 from msgspec import structs
 
-from shardwise.errors import NoPlanFits
+from shardwise.errors import NoPlanFits, SpecError
 from shardwise.spec.plan import Plan, Stage
 from shardwise.spec.profile import CallProfile, ModelProfile
 
@@ -41,9 +42,17 @@ class Chain(NamedTuple):
         return (self.calls[first].crossing_bytes if first else 0) + after
 
     def parameters(self, first: int, last: int) -> tuple[int, int]:
-        """The number of parameters in these calls, and their bytes: what is called twice is there once."""
-        each = {one.name: one for one in self.calls[first : last + 1]}
-        return sum(one.parameters for one in each.values()), sum(one.parameter_bytes for one in each.values())
+        """The number of parameters that a stage of these calls has, and their bytes: what is called or read twice is
+        there once."""
+        here = self.calls[first : last + 1]
+        each = {one.name: one for one in here}
+        reads = {name: one.reads[name] for one in here for name in _holds(here, plain=True) if name in one.reads}
+        count, size = sum(one.parameters for one in each.values()), sum(one.parameter_bytes for one in each.values())
+        return count + sum(n for n, _ in reads.values()), size + sum(size for _, size in reads.values())
+
+    def arriving_bytes(self, first: int) -> int:
+        """What comes into a stage that begins with this call, for one sample."""
+        return self.calls[first].crossing_bytes if first else 0
 
 
 def chain(profile: ModelProfile) -> Chain:
@@ -56,7 +65,7 @@ def chain(profile: ModelProfile) -> Chain:
 def with_stages(plan: Plan, profile: ModelProfile, seconds: Seconds) -> Plan:
     """The plan with its blocks, and its stages where it has none yet: `pipeline` x `virtual` of them.
 
-    Raises NoPlanFits where there are fewer calls than stages.
+    Raises NoPlanFits where there are fewer calls than stages, SpecError for stages that are not all of them in order.
     """
     calls, count = profile.calls, plan.pipeline * plan.virtual
     if len(calls) < count:
@@ -65,13 +74,21 @@ def with_stages(plan: Plan, profile: ModelProfile, seconds: Seconds) -> Plan:
             f"({', '.join(one.name for one in calls[:8]) or 'no part'}{', ...' if len(calls) > 8 else ''}). Use fewer "
             "stages."
         )
-    firsts = [stage.first for stage in plan.stages] or cut(len(calls), count, seconds)
-    lasts = [*(first - 1 for first in firsts[1:]), len(calls) - 1]
-    stages = tuple(
-        Stage(first=first, last=last, holds=_holds(calls[first : last + 1]))
-        for first, last in zip(firsts, lasts, strict=True)
-    )
+    asked = plan.stages or _stages(cut(len(calls), count, seconds), len(calls))
+    ends = [-1, *(stage.last for stage in asked)]
+    gaps = [s for s, end in zip(asked, ends, strict=False) if s.first != end + 1 or s.last < s.first]
+    if gaps or ends[-1] + 1 != len(calls):
+        raise SpecError(
+            f"stages of the plan are {[(stage.first, stage.last) for stage in asked]}: together they must be the "
+            f"{len(calls)} parts of the model, 0 to {len(calls) - 1}, one stage after the other."
+        )
+    stages = tuple(structs.replace(each, holds=_holds(calls[each.first : each.last + 1])) for each in asked)
     return structs.replace(plan, blocks=tuple(one.name for one in calls), stages=stages)
+
+
+def _stages(firsts: Sequence[int], calls: int) -> tuple[Stage, ...]:
+    lasts = [*(first - 1 for first in firsts[1:]), calls - 1]
+    return tuple(Stage(first=first, last=last) for first, last in zip(firsts, lasts, strict=True))
 
 
 def cut(calls: int, stages: int, seconds: Seconds) -> list[int]:
@@ -102,7 +119,8 @@ def cut(calls: int, stages: int, seconds: Seconds) -> list[int]:
     return firsts[::-1]
 
 
-def _holds(calls: Sequence[CallProfile]) -> tuple[str, ...]:
-    """What a stage of these calls has beside what is in them."""
+def _holds(calls: Sequence[CallProfile], *, plain: bool = False) -> tuple[str, ...]:
+    """What a stage of these calls has beside what is in them: patterns that match the names, or the `plain` names."""
     inside = tuple(f"{one.name}." for one in calls)
-    return tuple(sorted({name for one in calls for name in one.reads if not name.startswith(inside)}))
+    found = sorted({name for one in calls for name in one.reads if not name.startswith(inside)})
+    return tuple(name if plain else escape(name) for name in found)

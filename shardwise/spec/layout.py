@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from math import prod
+from urllib.parse import unquote
 
 from msgspec import Struct
 
@@ -108,11 +109,14 @@ def stages_with(name: str, plan: Plan) -> list[int]:
 
 
 def parameter(name: str) -> str:
-    """The parameter or buffer that the tensor `name` belongs to: `optimizer/a.weight/exp_avg` -> `a.weight`."""
+    """The parameter or buffer that the tensor `name` belongs to: `optimizer/a.weight/exp_avg` -> `a.weight`.
+
+    What is quoted in the names of a checkpoint (a slash) is as the module has it.
+    """
     head, _, rest = name.partition("/")
     if head in ("model", "buffer"):
-        return rest
-    return rest.partition("/")[0] if head == "optimizer" else name
+        return unquote(rest)
+    return unquote(rest.partition("/")[0]) if head == "optimizer" else name
 
 
 def local_shape(name: str, shape: Shape, plan: Plan, rank: int) -> Shape:

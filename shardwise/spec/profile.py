@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 
 class LinearProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -29,8 +29,9 @@ class BlockProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class CallProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A call of the part called `name`: a pipeline may be cut before it. FLOPs and bytes are for one sample.
 
-    `crossing_bytes` is what a cut before it sends on; `reads` names the parameters outside of the part that the call,
-    or the code before it, takes (of the last call also what the loss takes), each by its first name where it is tied.
+    `crossing_bytes` is what a cut before it sends on; `reads` has the parameters outside of the part that the call,
+    or the code before it, takes (of the last call also what the loss takes), by their first names where they are tied:
+    how many elements and bytes each has. They are not among the `parameters`.
     """
 
     name: str
@@ -39,7 +40,7 @@ class CallProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     forward_flops: float
     activation_bytes: int
     crossing_bytes: int
-    reads: tuple[str, ...] = ()
+    reads: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class ModelProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

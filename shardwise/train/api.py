@@ -130,9 +130,13 @@ def verify(
     source, fixed = _source(job), parse_plan(plan or "")
     with closing(start.take()) as starter, tempfile.TemporaryDirectory(prefix="shardwise-") as scratch:
         found = _look(starter, source, _sets(sets, parameters), cuts=_cuts(fixed), small=True)
-        ran, batch = verified.shrunk(build_plan(dict(fixed)), found.facts, norms=found.profile.batch_norms)
+        machines = discover(probe=False)
+        asked = build_plan(dict(fixed)) if fixed else search(found.profile, machines, found.facts)
+        ran, batch = verified.shrunk(
+            asked, found.facts, norms=found.profile.batch_norms, parts=len(found.profile.calls)
+        )
         facts = msgspec.structs.replace(found.facts, global_batch=batch)
-        chosen = settled(ran, found.profile, discover(probe=False), facts)
+        chosen = settled(ran, found.profile, machines, facts)
         files.save(chosen, Path(scratch) / "plan.json")
         told = {
             "folder": scratch,
@@ -140,7 +144,7 @@ def verify(
             "sets": found.parameters,
             "steps": steps,
             "global_batch": batch,
-            "asked": plan or str(ran),
+            "asked": str(asked),
         }
         entry = "shardwise.train.verify:entry"
         _ended(run_ranks(starter, entry, lambda rank: {"told": told}, ran.ranks, logs=Path(scratch)))
@@ -210,7 +214,9 @@ def prepare_run(
     machines = files.load(cluster, Cluster) if cluster else discover(starter=starter)
     if old is not None:  # what decides the numbers stays as it was, on whatever number of ranks
         before = files.load(old.path / "plan.json", Plan)
-        kept = {"exact": before.exact, "precision": before.precision, "microbatches": before.microbatches}
+        kept: dict[str, Any] = {"exact": before.exact, "precision": before.precision}
+        if found.profile.batch_norms or before.pipeline == build_plan(dict(fixed)).pipeline:
+            kept["microbatches"] = before.microbatches
         fixed = {**kept, **fixed}
     if ranks is not None:
         fixed = {"data": max(1, ranks // build_plan({**fixed, "data": 1}).ranks), **fixed}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Sized
+
+from msgspec import structs
 
 from shardwise import events
 from shardwise.comm.mesh import Mesh
@@ -15,6 +18,7 @@ from shardwise.errors import NonFiniteLoss, SpecError, did_you_mean
 from shardwise.parallel.blame import name_of, user_code
 from shardwise.parallel.parallelize import Replica, parallelize
 from shardwise.parallel.step import StepResult, evaluate, step
+from shardwise.plan.search import filling
 from shardwise.plan.stages import chain, with_stages
 from shardwise.spec.job import TrainJob
 from shardwise.spec.plan import Plan
@@ -213,9 +217,13 @@ def _check_early_stop(job: TrainJob, prepared: Prepared) -> None:
 
 def cut_here(job: TrainJob, plan: Plan, prepared: Prepared) -> Plan:
     """The plan with stages where nobody has cut the model before; the same on every rank."""
-    profile = profile_job(job, prepared, cuts=True)
-    chosen = chain(profile)
-    return with_stages(plan, profile, lambda stage, first, last: chosen.forward_flops(first, last))
+    copied = structs.replace(job, model=lambda: copy.deepcopy(job.model()))  # it may be the user's own module
+    profile = profile_job(copied, prepared, cuts=True)
+    if plan.microbatches == 1 and not profile.batch_norms:
+        most = max(1, job.global_batch // plan.data)
+        plan = structs.replace(plan, microbatches=min(most, filling(plan)))
+    calls = chain(profile)
+    return with_stages(plan, profile, lambda stage, first, last: calls.forward_flops(first, last))
 
 
 def build_replica(job: TrainJob, plan: Plan, mesh: Mesh) -> Replica:

@@ -131,6 +131,10 @@ class Session:
                 raise JobError(
                     "with exact=true run.step takes only what run.batches gave: the logical shards are its own."
                 )
+            if self.mesh.plan.pipeline > 1:
+                raise JobError(
+                    "with a pipeline run.step takes only what run.batches gave: all stages need the same samples."
+                )
             number = trainer.state.step
             stream = stream_seed(trainer.job.seed, number, self.mesh.rank)
             local = LocalStep(

@@ -13,7 +13,8 @@ from shardwise.checkpoint.load import latest, read_tensors
 from shardwise.checkpoint.manifest import Manifest
 from shardwise.checkpoint.resume import resume
 from shardwise.checkpoint.save import save
-from shardwise.checkpoint.state import collect, merge_optimizers
+from shardwise.checkpoint.scalars import pack, unpack
+from shardwise.checkpoint.state import collect, merge
 from shardwise.checkpoint.store import LocalStore, MemoryStore, Store
 from shardwise.comm.collectives import gather_bytes
 from shardwise.comm.mesh import Mesh
@@ -88,7 +89,7 @@ class Saver:
         with replica.synchroniser.consistent(optimizers.optimizers):
             plan, rank = self.mesh.plan, self.mesh.rank
             tensors, scalars = collect(replica.module, optimizers.optimizers, plan=plan, rank=rank)
-            scalars["optimizers"] = self._of_all_stages(scalars["optimizers"])
+            scalars = self._of_all_stages(scalars)
             save(
                 self.store,
                 step=state.step,
@@ -118,13 +119,12 @@ class Saver:
         plain = {"steps": manifest.step, **scalars.get("sync", {})}
         replica.synchroniser.take(KeptByAll(rows, common, plain), self.mesh.rank, optimizers.optimizers)
 
-    def _of_all_stages(self, described: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Each stage knows the optimizer state of its own parameters."""
+    def _of_all_stages(self, scalars: dict[str, Any]) -> dict[str, Any]:
         group = self.mesh.axis("pipeline").group
         if group is None:
-            return described
-        raw = gather_bytes(msgspec.json.encode(described), group, self.mesh.device)
-        return merge_optimizers([msgspec.json.decode(each) for each in raw])
+            return scalars
+        raw = gather_bytes(msgspec.json.encode(pack(scalars)), group, self.mesh.device)
+        return merge([unpack(msgspec.json.decode(each)) for each in raw], self.mesh.plan)
 
     def last_good(self) -> str:
         """Where the newest checkpoint is, or an empty string."""

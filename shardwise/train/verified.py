@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec import Struct, structs
 
-from shardwise.errors import SpecError
+from shardwise.errors import NoPlanFits, SpecError
 from shardwise.spec.job import JobFacts
 from shardwise.spec.plan import Plan
 
@@ -33,6 +33,7 @@ class Verified(Struct, frozen=True, kw_only=True):
     loss: Difference
     gradients: Difference
     parameters: Difference
+    buffers: Difference
     cause: str = ""
 
     @property
@@ -43,7 +44,7 @@ class Verified(Struct, frozen=True, kw_only=True):
     def text(self) -> str:
         """Several lines for a terminal."""
         lines = [f"{self.ran} on {self.ranks} rank(s) against one, {self.steps} steps in float64 (asked: {self.asked})"]
-        for name in ("loss", "gradients", "parameters"):
+        for name in ("loss", "gradients", "parameters", "buffers"):
             found: Difference = getattr(self, name)
             lines.append(
                 f"  {name:<10} relative error at most {found.error:.1e}" + (f" ({found.where})" * bool(found.where))
@@ -53,20 +54,26 @@ class Verified(Struct, frozen=True, kw_only=True):
         return "\n".join([*lines, f"The plan does not compute the same: {self.cause}"])
 
 
-def shrunk(plan: Plan, facts: JobFacts, *, norms: bool) -> tuple[Plan, int]:
-    """As much of a plan as matters, in float64, and its global batch: two replicas show what any number does. Norms
-    over the batch are verified on one replica, which alone has the same batches as one device.
+def shrunk(plan: Plan, facts: JobFacts, *, norms: bool, parts: int) -> tuple[Plan, int]:
+    """As much of a plan as matters, in float64, and its global batch: two replicas, and four ranks of a pipeline or as
+    many as the small model has `parts` for, show what any number does. Norms over the batch are verified on one
+    replica, which alone has the same batches as one device.
 
-    Raises SpecError for a plan that changes the numbers by its nature.
+    Raises SpecError for a plan that changes the numbers by its nature, NoPlanFits for a model without so many parts.
     """
     if plan.sync.word != "all_reduce":
         raise SpecError(
             f"sync={plan.sync.word} changes the numbers by its nature, so there is nothing to verify. Verify the plan "
             "with sync=all_reduce; what it does to the loss is what `python -m bench slow_link` compares."
         )
+    if plan.pipeline > 1 and parts < 2 * plan.virtual:
+        raise NoPlanFits(
+            f"the plan {plan} needs {2 * plan.virtual} stages at least, but the small copy of the model has {parts} "
+            "parts to cut between. Let `small` of the job leave more blocks."
+        )
     data = 1 if norms else min(plan.data, 2)
-    micros = plan.microbatches if plan.microbatches > 1 or norms else 2 * plan.pipeline * plan.virtual
-    few = structs.replace(
-        plan, data=data, precision="float64", microbatches=1 if plan.exact else micros, predicted=None
-    )
+    pipeline = min(plan.pipeline, 4, max(1, parts // plan.virtual))
+    micros = plan.microbatches if norms else min(max(plan.microbatches, 2 * pipeline), 2 * pipeline * plan.virtual)
+    few = structs.replace(plan, data=data, pipeline=pipeline, precision="float64", stages=(), blocks=())
+    few = structs.replace(few, microbatches=1 if plan.exact else micros, predicted=None)
     return few, min(facts.global_batch, SAMPLES * data * micros)

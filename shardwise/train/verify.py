@@ -71,9 +71,9 @@ def _compare(
     alone = connect(one, rank=0, world=1, store=None)
     expected, reference = _train(job, one, alone, prepared, len(losses), places=plan.data)
     loss = _largest({f"step {i + 1}": (a, b) for i, (a, b) in enumerate(zip(losses, expected, strict=True))})
-    gradients, parameters = (
+    gradients, parameters, buffers = (
         _differences({name: t for name, t in reference.items() if name.startswith(kind)}, found)
-        for kind in ("gradient/", "parameter/")
+        for kind in ("gradient/", "parameter/", "buffer/")
     )
     return Verified(
         asked=told["asked"],
@@ -85,7 +85,8 @@ def _compare(
         loss=loss,
         gradients=gradients,
         parameters=parameters,
-        cause=_cause(loss, gradients, parameters, reference, found),
+        buffers=buffers,
+        cause=_cause(loss, gradients, parameters, buffers, reference, found),
     )
 
 
@@ -109,6 +110,8 @@ def _train(
     for handle in handles:
         handle.remove()
     kept |= {f"parameter/{name}": p.detach().clone() for name, p in replica.named()}
+    names = {id(buffer): name for name, buffer in replica.module.named_buffers()}
+    kept |= {f"buffer/{names[id(b)]}": b.detach().clone() for b in replica.buffers() if b.is_floating_point()}
     replica.close()
     return losses, kept
 
@@ -173,6 +176,7 @@ def _cause(
     loss: Difference,
     gradients: Difference,
     parameters: Difference,
+    buffers: Difference,
     reference: Mapping[str, Tensor],
     found: list[dict[str, Tensor]],
 ) -> str:
@@ -187,6 +191,10 @@ def _cause(
         times = _factor(gradients.first, reference, found)
         much = f": it is {times:.4g} times what it should be, so it was counted that often" if times else ""
         return f"the loss is the same, but the gradient of '{gradients.first}' is not{much}."
+    if not any(name.startswith("gradient/") for name in reference):
+        return "nothing was compared: no parameter had a gradient."
+    if buffers.first:
+        return f"the buffer '{buffers.first}' differs: it changes outside of the part that it belongs to."
     if parameters.first or loss.first:
         where = f"'{parameters.first}'" if parameters.first else f"the loss in {loss.first}"
         return f"the first gradients are the same, but {where} differs later: look at the optimizer and at buffers."

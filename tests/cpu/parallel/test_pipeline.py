@@ -62,11 +62,13 @@ def on_ranks(rank: Rank, name: str, schedule: str, virtual: int, count: int | No
     mesh = rank.mesh(plan)
     group = mesh.axis("pipeline").group
     assert group is not None
-    flows = Flows(module, plan, contextlib.nullcontext)
-    first = flows.route(steps[0][0], loss=loss)
     numbers = stages_of(rank.rank, plan)
+    names: set[str] = {name for name, _ in module.named_parameters()}
+    first = Flows(module, plan, contextlib.nullcontext, numbers=numbers, kept=names).route(steps[0][0], loss=loss)
     names = {parameter for number in numbers for parameter in held(module, first.flow, first.parts[number])}
     stage = Stage(module, plan.blocks, names)
+    stage.open()
+    flows = Flows(module, plan, stage.closed, numbers=numbers, kept=names)
     micros: list[Micro] = []
     values: list[float] = []
     reduced: list[int] = []
@@ -93,7 +95,7 @@ def on_ranks(rank: Rank, name: str, schedule: str, virtual: int, count: int | No
         values.append(0.0)
         micros[:] = [Micro(one, flows.route(one, loss=loss)) for one in step]
         pipeline.step(micros)
-    assert len(reduced) == len(set(reduced)) * len(steps), "once for each stage and step, or not at all"
+    assert sorted(reduced) == sorted(numbers * len(steps)), "once for each stage and step"
     return values, {n: p.grad for n, p in module.named_parameters() if n in names}
 
 

@@ -12,7 +12,7 @@ from jobs import Micro
 from torch import Tensor, nn
 
 from shardwise.data.order import stream_seed
-from shardwise.errors import JobError, NonFiniteLoss, SpecError
+from shardwise.errors import CommError, JobError, NonFiniteLoss, SpecError
 from shardwise.models.cuts import profile_calls
 from shardwise.models.encoder import Encoder
 from shardwise.models.gpt import GPT
@@ -36,7 +36,56 @@ def frozen_gpt() -> nn.Module:
     return module
 
 
+class Words(nn.Module):
+    """Tokens -> scores through linear blocks, each straight from what it is given."""
+
+    def __init__(self, *, norm: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(WORDS, 16)
+        self.blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+        self.norm = nn.BatchNorm1d(16, affine=False) if norm else None
+        self.head = nn.Linear(16, WORDS, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for index, block in enumerate(self.blocks):
+            x = block(x).relu() + x
+            if index == 2 and self.norm is not None:
+                x = self.norm(x.flatten(0, 1)).view_as(x)
+        return self.scores(x)
+
+    def scores(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(x)
+        return found
+
+
+class Peeks(Words):
+    """The last part takes the embedding's weights without a gradient for them."""
+
+    def scores(self, x: Tensor) -> Tensor:
+        return super().scores(x) + x @ self.embed.weight.detach().T
+
+
+class Remembers(Words):
+    """It keeps a table from its first forward on."""
+
+    table: Tensor | None = None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.linspace(0.5, 1.5, WORDS, dtype=self.head.weight.dtype)
+        return super().forward(tokens)
+
+    def scores(self, x: Tensor) -> Tensor:
+        assert self.table is not None
+        return super().scores(x) * self.table
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
+    "words": Words,
+    "norm": lambda: Words(norm=True),
+    "peeks": Peeks,
+    "remembers": Remembers,
     "gpt": lambda: GPT(layers=4, width=16, heads=2, vocab=WORDS, context=16, tied=False),
     "tied": lambda: GPT(layers=3, width=16, heads=2, vocab=WORDS, context=16, tied=True),
     "dropout": lambda: GPT(layers=4, width=16, heads=2, vocab=WORDS, context=16, dropout=0.2),
@@ -92,23 +141,26 @@ def learn(replica: Replica, shares: Callable[[int], list[Micro]], **how: Any) ->
 
 
 def share(name: str, number: int, place: int, ranks: int) -> list[Micro]:
-    """Every fifth step the second replica has less, and every seventh nothing."""
+    """Every fifth step the second replica has less, and every seventh, with the first, nothing."""
     few = place == 1 and ranks > 1 and name != "resnet"
-    count = 0 if few and number % 7 == 6 else 3 if few and number % 5 == 4 else MICROS
+    count = 0 if few and number % 7 == 0 else 3 if few and number % 5 == 4 else MICROS
     return [micro(name, number, place, index) for index in range(count)]
 
 
 def in_stages(rank: Rank, name: str, plan: Plan, how: dict[str, Any]) -> Any:
     mesh = rank.mesh(plan)
-    replica = parallelize(made(name), plan, mesh)
+    before = made(name)
+    forwards = {n for n, part in before.named_modules() if "forward" in vars(part)}
+    replica = parallelize(before, plan, mesh, batch_norm=how.pop("batch_norm", "sync"))
     place = mesh.axis("data").rank
     curve = learn(replica, lambda number: share(name, number, place, plan.data), **how)
     sizes = sum(p.untyped_storage().nbytes() for p in replica.module.parameters())
     held_out = [micro(name, 100 + 2 * i + place, 0, 0).batch for i in range(3)]
     tested = evaluate(replica, held_out, loss, {"top": top})
-    assert replica.pipelined is not None
-    replica.pipelined.gather()
+    if replica.pipelined is not None:
+        replica.pipelined.gather()
     replica.close()
+    assert {n for n, part in before.named_modules() if "forward" in vars(part)} == forwards
     return curve, tested, dict(replica.module.state_dict()), sizes
 
 
@@ -143,7 +195,7 @@ def test_two_stages_train_like_one_process(name: str) -> None:
     compare(name, pipeline=2)
 
 
-@pytest.mark.parametrize("name", ["tied", "dropout", "frozen", "albert"])
+@pytest.mark.parametrize("name", ["tied", "dropout", "frozen", "albert", "peeks"])
 def test_two_replicas_of_two_stages_train_like_one_process(name: str) -> None:
     compare(name, data=2, pipeline=2)
 
@@ -233,6 +285,72 @@ def test_a_pipeline_without_cuts_is_refused() -> None:
 
 def test_gradients_are_clipped_by_the_norm_of_all_stages() -> None:
     compare("tied", {"clip_norm": 0.5}, pipeline=2)
+    compare("peeks", {"clip_norm": 0.5}, data=2, pipeline=2)
+
+
+def test_norms_over_replicas_are_the_same_in_stages() -> None:
+    plan = cut("resnet", Plan(data=2, pipeline=2, precision="float64", microbatches=MICROS))
+    expected = run_ranks(2, in_stages, "resnet", Plan(data=2, precision="float64", microbatches=MICROS), {})[0]
+    for curve, tested, values, _ in run_ranks(4, in_stages, "resnet", plan, {}):
+        assert torch.tensor(curve).allclose(torch.tensor(expected[0]), rtol=CLOSE)
+        assert tested == pytest.approx(expected[1], rel=CLOSE)
+        assert all(torch.allclose(values[key], value, rtol=1e-6, atol=1e-9) for key, value in expected[2].items())
+
+
+def test_one_receive_buffer_for_several_microbatches_keeps_no_casts_of_the_first() -> None:
+    curves = []
+    for schedule in ("gpipe", "naive"):
+        plan = cut("words", Plan(pipeline=2, precision="bfloat16", microbatches=MICROS, schedule=schedule))
+        curves.append(run_ranks(2, in_stages, "words", plan, {})[0][0])
+    assert curves[0] == curves[1]
+
+
+def test_stages_of_one_rank_hand_over_what_they_evaluate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHARDWISE_TRANSPORT", "gloo")  # it cannot send to itself
+    compare("tied", pipeline=2, schedule="zbv", virtual=2)
+
+
+class Choosy(Words):
+    """In evaluation it adds another parameter behind its last part."""
+
+    def scores(self, x: Tensor) -> Tensor:
+        found = super().scores(x)
+        return found if self.training else found + x @ self.embed.weight.T
+
+
+def choosy(rank: Rank, plan: Plan) -> str:
+    replica = parallelize(Choosy(), plan, rank.mesh(plan))
+    try:
+        evaluate(replica, [micro("words", 0, 0, 0).batch], loss)
+    except (JobError, CommError) as error:  # the stage that has it waits for the other
+        return str(error)
+    return ""
+
+
+def test_a_parameter_that_another_stage_has_is_an_error() -> None:
+    calls = profile_calls(Choosy, micro("words", 0, 0, 0).batch, loss=loss)
+    plan = with_stages(Plan(pipeline=2), ModelProfile(blocks=(), calls=calls), lambda s, a, b: float(b - a))
+    assert "stage 1 needs 'embed.weight', which is in another stage" in run_ranks(2, choosy, plan)[1]
+
+
+def skips(rank: Rank, plan: Plan) -> tuple[bool, bool]:
+    """Whether the third step was skipped, and left the buffers as they were."""
+    replica = parallelize(made("resnet"), plan, rank.mesh(plan))
+    optimizer = torch.optim.SGD(replica.module.parameters(), lr=0.1)
+    before: list[Tensor] = []
+    for number in range(3):
+        shares = [micro("resnet", number, 0, index) for index in range(MICROS)]
+        if number == 2:
+            shares[1].batch["image"][0] = torch.nan
+            before = [buffer.clone() for buffer in replica.buffers()]
+        result = step(replica, [optimizer], shares, loss=loss, on_nan="skip")
+    same = [torch.equal(a, b) for a, b in zip(before, replica.buffers(), strict=True)]
+    return result.skipped, bool(same) and all(same)
+
+
+def test_a_step_that_is_skipped_leaves_no_trace_in_buffers() -> None:
+    plan = cut("resnet", Plan(pipeline=2, microbatches=MICROS))
+    assert run_ranks(2, skips, plan) == [(True, True)] * 2
 
 
 def test_a_rank_has_the_parameters_of_its_stage_alone() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from typing import Any, NamedTuple
 
@@ -45,6 +44,7 @@ def cut(module: nn.Module, one: Any, stages: int) -> Cut:
         piece = copy.deepcopy(module)
         mine = held(piece, flow, part)
         stage = Stage(piece, [one.name for one in flow.calls], mine)
+        stage.open()
         for name, parameter in stage.module.named_parameters():
             if name not in mine:
                 assert parameter.untyped_storage().nbytes() == parameter.element_size()
@@ -128,9 +128,11 @@ def test_a_stage_sees_the_flow_of_the_whole_module(name: str) -> None:
     blocks = tuple(call.name for call in known.calls)
     ends = Stages(first=0, last=middle - 1), Stages(first=middle, last=len(blocks) - 1)
     mine = held(module, known, parts(known, [0, middle])[1])
-    Stage(module, blocks, mine)
+    stage = Stage(module, blocks, mine)
+    stage.open()
     before = {n: t.clone() for n, t in (*module.named_parameters(), *module.named_buffers())}
-    flows = Flows(module, Plan(pipeline=2, blocks=blocks, stages=ends), contextlib.nullcontext)
+    plan = Plan(pipeline=2, blocks=blocks, stages=ends)
+    flows = Flows(module, plan, stage.closed, numbers=[1], kept=mine)
     state = torch.get_rng_state()
     seen = flows.route(one, loss=loss).flow
     assert torch.equal(torch.get_rng_state(), state)
@@ -164,6 +166,7 @@ def test_after_close_the_module_runs_as_it_did() -> None:
     before = module(**one)["logits"]
     flow = dataflow(copy.deepcopy(module), one, loss=loss)
     stage = Stage(module, [one.name for one in flow.calls], everything(module))
+    stage.open()
     stage.close()
     assert torch.equal(module(**one)["logits"], before)
     assert not any("forward" in vars(inner) for inner in module.modules())
@@ -173,7 +176,10 @@ def test_a_forward_of_an_object_s_own_is_there_again_after_close() -> None:
     module, one = build("tied"), batch("tied")
     own = module.head.forward = lambda x: x.sum(-1, keepdim=True)
     flow = dataflow(copy.deepcopy(module), one, loss=loss)
-    Stage(module, [one.name for one in flow.calls], everything(module)).close()
+    stage = Stage(module, [one.name for one in flow.calls], everything(module))
+    stage.open()
+    assert module.head.forward is not own
+    stage.close()
     assert module.head.forward is own
 
 
@@ -225,6 +231,7 @@ def test_another_order_of_blocks_is_an_error() -> None:
     module, one = Shuffled(), {"input_ids": torch.arange(8).view(2, 4)}
     flow = dataflow(module, one, loss=loss)
     stage = Stage(module, [each.name for each in flow.calls], everything(module))
+    stage.open()
     module.turn = 1
     with pytest.raises(JobError, match="'blocks.1' is call 1 of this batch"):
         stage.run(flow, parts(flow, [0])[0], one, ())
@@ -257,5 +264,5 @@ def test_what_was_drawn_before_a_cut_is_not_drawn_again_after_it() -> None:
     assert parts(flow, [0, 1, 3])
     flow = dataflow(Between(all_blocks=True), one, loss=loss)
     assert parts(flow, [0, 1])
-    with pytest.raises(JobError, match=r"cut before 'blocks.2': .* after 1 of their calls"):
+    with pytest.raises(JobError, match=r"cut before 'blocks.2': .*test_stage.py, line \d+"):
         parts(flow, [0, 3])

@@ -40,6 +40,8 @@ def test_a_killed_run_goes_on_in_another_layout(before: str, after: str, trained
         trained(plan=before, die_at=7, flag=flag)
     went_on = trained(plan=after, resume="latest")
     assert named(went_on.path, "resumed")[0]["step"] == 4
+    plan = files.load(went_on.path / "plan.json", Plan)
+    assert plan.microbatches == (8 if "pipeline" in after else 1)
     assert losses(went_on.path)[-8:] == pytest.approx(losses(whole.path)[4:], rel=1e-5)
     for name, tensor in weights(whole.path).items():
         torch.testing.assert_close(weights(went_on.path)[name], tensor, rtol=1e-4, atol=1e-6)

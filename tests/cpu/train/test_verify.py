@@ -70,5 +70,8 @@ def test_the_command_says_so_and_what_changes_the_numbers_is_refused(
 ) -> None:
     assert run(["verify", str(tmp_path / "small.py"), "--plan", "pipeline=2"]) == 0
     assert "computes the same" in capsys.readouterr().out
+    assert run(["verify", str(tmp_path / "small.py"), "--steps", "0"]) == 2
+    assert api.verify(tmp_path / "small.py").ranks == 2, "what train would take"
+    assert "pipeline=4" in api.verify(tmp_path / "small.py", plan="pipeline=64").text()
     with pytest.raises(SpecError, match="changes the numbers by its nature"):
         api.verify(tmp_path / "small.py", plan="data=2,sync=local,sync.every=2")

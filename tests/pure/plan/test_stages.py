@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from shardwise.errors import NoPlanFits
+from shardwise.errors import NoPlanFits, SpecError
 from shardwise.plan.pipelined import in_flight, pipeline_bytes, pipeline_seconds, stage_seconds
 from shardwise.plan.search import search
-from shardwise.plan.stages import cut, with_stages
+from shardwise.plan.stages import chain, cut, with_stages
 from shardwise.spec.job import JobFacts
 from shardwise.spec.layout import holds
 from shardwise.spec.plan import Plan, Stage, parse_plan
@@ -22,7 +23,9 @@ from tests.pure.plan.test_search import PROFILE, cluster
 JOB = JobFacts(global_batch=32, steps=10)
 
 
-def call(name: str, flops: float = 1e9, parameters: int = 10**6, reads: tuple[str, ...] = ()) -> CallProfile:
+def call(
+    name: str, flops: float = 1e9, parameters: int = 10**6, reads: dict[str, tuple[int, int]] | None = None
+) -> CallProfile:
     return CallProfile(
         name=name,
         parameters=parameters,
@@ -30,7 +33,7 @@ def call(name: str, flops: float = 1e9, parameters: int = 10**6, reads: tuple[st
         forward_flops=flops,
         activation_bytes=10**6,
         crossing_bytes=10**5,
-        reads=reads,
+        reads=reads or {},
     )
 
 
@@ -39,7 +42,7 @@ GPT = structs.replace(
     calls=(
         call("embed", 0.0, 8 * 10**6),
         *(call(f"blocks.{i}") for i in range(4)),
-        call("head", 4e9, 0, ("embed.weight",)),
+        call("head", 4e9, 0, {"embed.weight": (8 * 10**6, 32 * 10**6)}),
     ),
 )
 
@@ -96,6 +99,30 @@ def test_stages_that_a_plan_already_has_stay() -> None:
     assert [s.first for s in with_stages(given, GPT, lambda stage, first, last: 1.0).stages] == [0, 2]
 
 
+@pytest.mark.parametrize("ends", [[(0, 8), (9, 5)], [(3, -1), (0, 5)], [(0, 1), (2, 4)], [(0, 2), (2, 5)]])
+def test_stages_that_are_not_all_parts_in_order_are_refused(ends: list[tuple[int, int]]) -> None:
+    given = Plan(pipeline=2, stages=tuple(Stage(first=a, last=b) for a, b in ends))
+    with pytest.raises(SpecError, match="0 to 5, one stage after the other"):
+        with_stages(given, GPT, lambda stage, first, last: 1.0)
+
+
+def test_more_microbatches_are_cut_anew() -> None:
+    plan = parse_plan("pipeline=2")
+    sizes = range(100 * 10**6, 700 * 10**6, 10**7)
+    fits = {size for size in sizes if _fits(size, plan)}
+    assert fits
+    for microbatches in ("8", "16", "32"):
+        assert fits >= {size for size in sizes if _fits(size, {**plan, "microbatches": microbatches})}
+
+
+def _fits(memory_bytes: int, plan: dict[str, Any]) -> bool:
+    try:
+        search(GPT, cluster(2, memory_bytes=memory_bytes), JOB, plan)
+    except NoPlanFits:
+        return False
+    return True
+
+
 @pytest.mark.parametrize(
     ("schedule", "virtual", "expected"),
     [
@@ -121,4 +148,8 @@ def test_the_bubble_is_as_long_as_its_formula_says() -> None:
     assert pipeline_seconds(naive, seconds) == pytest.approx((8 * 3 * 4.0, 8 * 3 * 3 * 4.0))
     sizes = pipeline_bytes(profile, plan, JOB)
     assert sizes["parameters"] == 4 * 10**6
-    assert sizes["activations"] == 4 * 4 * (10**6 + 10**5), "the first of four stages keeps four microbatches of four"
+    assert sizes["activations"] == 4 * 4 * 10**6, "the first of four stages keeps four microbatches of four samples"
+    chosen = chain(GPT)
+    assert chosen.parameters(5, 5) == (8 * 10**6, 32 * 10**6), "the tied head holds the embedding"
+    assert chosen.parameters(0, 5) == (12 * 10**6, 48 * 10**6), "once where both are"
+    assert (chosen.arriving_bytes(0), chosen.arriving_bytes(3)) == (0, 10**5)

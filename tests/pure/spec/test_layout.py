@@ -241,6 +241,14 @@ def test_a_block_prefix_is_not_a_prefix_of_letters() -> None:
     assert [holds("model/blocks.10.weight", plan, rank) for rank in (0, 1)] == [False, True]
 
 
+def test_names_that_a_checkpoint_quotes_are_the_modules_own() -> None:
+    stages = (Stage(first=0, last=0), Stage(first=1, last=1))
+    plan = Plan(pipeline=2, blocks=("parts.a/b", "parts.50% x"), stages=stages)
+    for name in ("model/parts.a%2Fb.weight", "buffer/parts.a%2Fb.mean", "optimizer/parts.a%2Fb.weight/exp_avg"):
+        assert [holds(name, plan, rank) for rank in (0, 1)] == [True, False]
+    assert [holds("model/parts.50%25 x.weight", plan, rank) for rank in (0, 1)] == [False, True]
+
+
 def test_interleaved_stages_go_round_and_v_schedules_go_back() -> None:
     stages = tuple(Stage(first=i, last=i) for i in range(4))
     round_robin = Plan(pipeline=2, virtual=2, blocks=BLOCKS, stages=stages, schedule="interleaved1f1b")
