@@ -15,7 +15,7 @@ def verify(
     plan: PlanText = None,
     steps: Annotated[int, typer.Option(min=1, help="How many steps to compare.")] = 3,
 ) -> None:
-    """Compare a plan with one device on a small copy of the job: losses, gradients and parameters."""
+    """Compare a plan with one device on a small copy."""
     from shardwise.train import api
 
     report = api.verify(file, sets=sets or [], plan=plan, steps=steps)
