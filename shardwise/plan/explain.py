@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from shardwise.spec.cluster import Cluster
 from shardwise.spec.job import JobFacts
+from shardwise.spec.layout import stage_rank
 from shardwise.spec.plan import Plan
 from shardwise.spec.profile import ModelProfile
 from shardwise.units import format_bytes, format_count, format_seconds
@@ -25,9 +26,10 @@ def explain(plan: Plan, profile: ModelProfile, cluster: Cluster, job: JobFacts) 
         f"{format_bytes(device.memory_bytes)} each",
         f"model     {format_count(profile.parameters)} parameters in {len(profile.blocks)} blocks, "
         f"{format_count(3 * profile.forward_flops)}FLOP a sample trained",
-        f"mesh      {plan.ranks} rank(s): each computes {per_rank} of {job.global_batch} samples a step"
-        + (f" in {plan.microbatches} microbatches" if plan.microbatches > 1 else ""),
+        f"mesh      {plan.ranks} rank(s): each{' replica' * (plan.pipeline > 1)} computes {per_rank} of "
+        f"{job.global_batch} samples a step" + (f" in {plan.microbatches} microbatches" * (plan.microbatches > 1)),
     ]
+    lines += _stages(plan, profile)
     if plan.exact:
         lines.append(
             f"exact     the same bits on any number of ranks: {job.logical_shards} logical shards, one thread a rank"
@@ -43,3 +45,18 @@ def explain(plan: Plan, profile: ModelProfile, cluster: Cluster, job: JobFacts) 
             f"            {name:<20}{format_bytes(value):>10}" for name, value in plan.predicted.parts_bytes.items()
         ]
     return "\n".join(lines)
+
+
+def _stages(plan: Plan, profile: ModelProfile) -> list[str]:
+    """For each stage its rank of the pipeline, its parts, and its share of the work."""
+    lines, total = [], sum(one.forward_flops for one in profile.calls) or 1.0
+    for number, stage in enumerate(plan.stages):
+        share = sum(one.forward_flops for one in profile.calls[stage.first : stage.last + 1]) / total
+        names = f"{plan.blocks[stage.first]} to {plan.blocks[stage.last]}" + (
+            f", with {', '.join(stage.holds)}" if stage.holds else ""
+        )
+        head = "stages    " if number == 0 else " " * 10
+        lines.append(
+            f"{head}{number} on rank {stage_rank(number, plan)} of the pipeline: {names}, {share:.0%} of the FLOPs"
+        )
+    return lines

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from shardwise.errors import NoPlanFits, SpecError
+from shardwise.plan.explain import explain
 from shardwise.plan.pipelined import in_flight, pipeline_bytes, pipeline_seconds, stage_seconds
 from shardwise.plan.search import search
 from shardwise.plan.stages import chain, cut, with_stages
@@ -80,6 +81,9 @@ def test_a_heavy_head_has_a_stage_of_its_own_and_the_tied_embedding_is_held_at_b
         (5, 5, ("embed.weight",)),
     ]
     assert plan.microbatches == 8
+    text = explain(plan, GPT, cluster(2), JOB)
+    assert "0 on rank 0 of the pipeline: embed to blocks.3, 50% of the FLOPs" in text
+    assert "1 on rank 1 of the pipeline: head to head, with embed.weight, 50% of the FLOPs" in text
     assert [holds("model/embed.weight", plan, rank) for rank in (0, 1)] == [True, True]
     assert [holds("model/blocks.3.up", plan, rank) for rank in (0, 1)] == [True, False]
     assert [holds("optimizer/blocks.3.up/exp_avg", plan, rank) for rank in (0, 1)] == [True, False]
