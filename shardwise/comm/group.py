@@ -119,12 +119,6 @@ class Group(dist.ProcessGroup):
         """What moves tensors of this mesh's device: `shm`, `shm-torch`, `gloo`, `nccl`."""
         return self._inners[self.settings.devices[-1]].name
 
-    @property
-    def measured(self) -> Callable[[int], float] | None:
-        """Seconds of an all-reduce by its bytes, where its ranks measured the links between their hosts."""
-        memory = self._inners.get("cpu")
-        return getattr(memory.backend, "all_reduce_s", None) if memory is not None else None
-
     def sent(self) -> int | None:
         """Bytes that left this host's memory for other ranks, where every backend counts them."""
         counts = [inner.sent() for inner in self._inners.values()]

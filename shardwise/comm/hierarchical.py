@@ -113,10 +113,6 @@ class Hierarchical:
         self._worker.stop(0)
         self.paths.stop()
 
-    def all_reduce_s(self, nbytes: int) -> float:
-        """Seconds of an all-reduce of so many bytes, by what the ranks measured when they met; alike on all of them."""
-        return through("all_reduce", nbytes, self._topology, only=self.paths.only).seconds
-
     def sent(self) -> int | None:
         """Bytes that this rank sent to other hosts, over all links."""
         counts = [link.sent() for link in self._links]
@@ -405,11 +401,8 @@ class Hierarchical:
     def _form(self, nbytes: int) -> str:
         if self.form is not None:
             return self.form
-        return through("all_reduce", nbytes, self._topology, only=self.paths.only).form
-
-    @property
-    def _topology(self) -> Topology:
-        return Topology(tuple(len(members) for members in self.hosts), INSIDE, self.paths.paths)
+        topology = Topology(tuple(len(members) for members in self.hosts), INSIDE, self.paths.paths)
+        return through("all_reduce", nbytes, topology, only=self.paths.only).form
 
     def _agents(self, root: int) -> tuple[int, ...]:
         """The rank of each host that speaks for it: the root for its own, else the first."""

@@ -14,8 +14,7 @@ from shardwise.comm.mesh import Axis
 from shardwise.parallel.alone import Alone
 from shardwise.parallel.reducer import Named, Reducer
 from shardwise.parallel.statistics import Totals
-from shardwise.plan.buckets import choose_bucket_bytes, usual_bucket_bytes
-from shardwise.spec.cluster import TRANSPORTS
+from shardwise.plan.buckets import usual_bucket_bytes
 from shardwise.spec.sync import Sync
 
 Optimizers = Sequence[torch.optim.Optimizer]
@@ -138,9 +137,6 @@ class Synchroniser:
 
 
 def chosen_bucket_bytes(named: Named, axis: Axis) -> int:
-    """The size of buckets that the axis's transport usually asks for, alike on all ranks and in every run; between
-    hosts what the links ask for that the ranks measured when they met."""
+    """The size of buckets that the axis's transport usually asks for: alike on all ranks, and in every run."""
     size = sum(parameter.numel() * parameter.element_size() for _, parameter in named if parameter.requires_grad)
-    if axis.group is not None and axis.group.transport != "nccl" and (measured := axis.group.measured) is not None:
-        return choose_bucket_bytes(size, measured, TRANSPORTS["gloo"].work_s)
     return usual_bucket_bytes(size, axis.size, axis.group.transport if axis.group is not None else "")

@@ -151,3 +151,12 @@ def test_param_server(tmp_path: Path) -> None:
     assert rows[slow, stale, "ratio_to_alone"]["median"] > 0.5, "at the slow worker's pace it would be 0.25"
     assert rows[slow, stale, "held_out_loss"]["median"] < 4.0  # log(64) = 4.16 is what knowing nothing costs
     assert not left_over()
+
+
+def test_pipeline(tmp_path: Path) -> None:
+    rows = quick("pipeline", tmp_path)
+    assert rows["bubble on 2 ranks", "gpipe", "bubble_of_the_order"]["median"] == pytest.approx(1 / 9)
+    assert rows["bubble on 2 ranks", "1f1b", "ratio_to_the_order"]["median"] >= 1.0
+    case = next(case for case, system, _ in rows if system == "torch:1f1b")
+    ours, torchs = (rows[case, system, "step_time"] for system in ("shardwise:1f1b", "torch:1f1b"))
+    assert ours["first_losses"] == pytest.approx(torchs["first_losses"], rel=1e-3), "the same work"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import threading
@@ -15,16 +14,12 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 from shardwise.comm.group import Group
 from shardwise.comm.hierarchical import Hierarchical
 from shardwise.comm.kernel import library
-from shardwise.comm.mesh import Axis
 from shardwise.comm.store import HOST
 from shardwise.errors import CommError
-from shardwise.parallel.synchronise import chosen_bucket_bytes
-from shardwise.plan.buckets import usual_bucket_bytes
 from tests.cpu.comm.test_group import ddp, fully_sharded, operations, pipeline, tensor_parallel
 from tests.cpu.comm.test_shm import OPERATIONS, perform
 from tests.examples import examples
@@ -348,28 +343,3 @@ def late_message(rank: Rank) -> list[float]:
 def test_a_late_message_is_waited_for() -> None:
     """gloo closes its connections when a wait for a message runs out."""
     assert run_ranks(2, late_message) == [[0.0, 0.0]] * 2
-
-
-def chosen(rank: Rank, layout: str, bandwidth: float | None) -> tuple[int, float, int]:
-    """Bucket bytes for 4 MB of gradients, seconds of an all-reduce of 1 MB, and the bytes without a measurement."""
-    mesh = rank.mesh() if len(set(layout)) == 1 else None
-    group = mesh.axis("data").group if mesh is not None else group_of(rank, layout)
-    assert group is not None
-    if bandwidth is not None:
-        paths = backend_of(group).paths
-        paths.paths = tuple(path._replace(bandwidth=bandwidth, latency_s=1e-4, message_s=1e-4) for path in paths.paths)
-    named = [("weight", nn.Parameter(torch.zeros(1_000_000)))]
-    usual = usual_bucket_bytes(4_000_000, len(layout), group.transport)
-    seconds = group.measured(1_000_000) if group.measured is not None else math.nan
-    return chosen_bucket_bytes(named, Axis("data", rank.rank, len(layout), group)), seconds, usual
-
-
-def test_buckets_between_hosts_follow_the_measured_links() -> None:
-    fast, slow = (run_ranks(2, chosen, "AB", bandwidth) for bandwidth in (2e9, 12.5e6))
-    assert fast[0] == fast[1]
-    assert slow[0] == slow[1]
-    assert slow[0][0] < 1_000_000 < fast[0][0]
-    assert fast[0][1] < 0.01 < 0.08 < slow[0][1] < 0.1
-    bucket, seconds, usual = run_ranks(2, chosen, "AA", None)[0]
-    assert bucket == usual
-    assert math.isnan(seconds)
