@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from bench.case import Case
@@ -36,7 +37,8 @@ def run(options: Options) -> list[Row]:
         if options.wants(title := f"bubble on {ranks} ranks"):
             rows += bubbles(title, ranks, options)
             options.keep(rows)
-    case = Case(precision="float32", batch=8, layers=4 if options.quick else 10)
+    case = Case(precision="float32", batch=8)
+    case = replace(case, layers=4, context=64) if options.quick else case
     if options.wants(f"GPT in 2 stages {case}"):
         rows += rates(case, options)
     return rows
@@ -51,7 +53,7 @@ def bubbles(title: str, ranks: int, options: Options) -> list[Row]:
     from bench.orders import Costs, makespan, orders
 
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
-    names = options.chosen(list(SCHEDULES), ("gpipe", "1f1b"))
+    names = options.chosen(list(SCHEDULES), ("1f1b",))
     say(f"{title}: {rounds} rounds of {STEPS} steps")
     folder = tempfile.TemporaryDirectory(prefix="bench-")
     players = {name: _sleeping(name, ranks, folder.name) for name in names}

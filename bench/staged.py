@@ -23,13 +23,13 @@ def whole(case: Case) -> GPT:
 
 
 def first_blocks(case: Case, stages: int) -> list[int]:
-    """With which block each later stage begins, as the planner cuts it: every system gets the same cut."""
+    """How many blocks come before each later stage, as the planner cuts it: every system gets the same cut."""
     example = {"tokens": torch.zeros(1, case.context, dtype=torch.int64)}
     profile = ModelProfile(blocks=(), calls=profile_calls(lambda: whole(case), example))
     calls = chain(profile)
     firsts = cut(len(profile.calls), stages, lambda stage, first, last: calls.forward_flops(first, last))
-    names = [one.name for one in profile.calls]
-    return [int(names[first].rpartition(".")[2]) for first in firsts[1:]]
+    blocks = [f"blocks.{number}" for number in range(case.layers)]
+    return [sum(one.name in blocks for one in profile.calls[:first]) for first in firsts[1:]]
 
 
 class Begin(nn.Module):
