@@ -7,7 +7,7 @@ import functools
 import hashlib
 import random
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -20,16 +20,18 @@ from shardwise.parallel.alone import Alone
 from shardwise.parallel.batchnorm import BatchNormSync, batch_norms
 from shardwise.parallel.coupling import UNKNOWN, agree
 from shardwise.parallel.exact import ShardBuffers
-from shardwise.parallel.pipelined import Pipelined, kept
 from shardwise.parallel.precision import Formats, LossScaler
 from shardwise.parallel.reducer import Reducer
-from shardwise.parallel.stage import stand_in
 from shardwise.parallel.statistics import Totals
+from shardwise.parallel.ties import kept
 from shardwise.parallel.words import synchroniser
 from shardwise.plan.support import refuse_unbuilt
 from shardwise.plan.synchronisations import refuse_together
 from shardwise.spec.layout import holds
 from shardwise.spec.plan import Plan
+
+if TYPE_CHECKING:
+    from shardwise.parallel.pipelined import Pipelined
 
 
 class Replica:
@@ -267,7 +269,7 @@ def parallelize(
         _refuse_with_pipeline(module, plan, coupled, compile=compile)
     if mesh.device.type == "cpu":
         keep_freed_memory()
-    pipelined = Pipelined(module, plan, mesh) if plan.pipeline > 1 else None
+    pipelined = _pipelined(module, plan, mesh) if plan.pipeline > 1 else None
     _move(module, kept(module, plan, mesh.rank), mesh.device, torch.float64 if plan.precision == "float64" else None)
     if plan.exact:
         torch.set_num_threads(1)
@@ -297,6 +299,12 @@ def parallelize(
     )
 
 
+def _pipelined(module: nn.Module, plan: Plan, mesh: Mesh) -> Pipelined:
+    from shardwise.parallel.pipelined import Pipelined  # torch's pipelining takes a second to import
+
+    return Pipelined(module, plan, mesh)
+
+
 def _move(module: nn.Module, names: Collection[str], device: torch.device, dtype: torch.dtype | None) -> None:
     """Give the module the device, and floats the dtype; what is not called by `names` takes no memory there."""
     tensors = dict([*module.named_parameters(), *module.named_buffers()])
@@ -305,6 +313,8 @@ def _move(module: nn.Module, names: Collection[str], device: torch.device, dtype
         if dtype is not None:
             module.to(dtype)
         return
+    from shardwise.parallel.stage import stand_in
+
     for name, tensor in tensors.items():
         kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         tensor.data = tensor.data.to(device, kind) if name in names else stand_in(tensor.shape, kind, device)

@@ -19,20 +19,14 @@ from shardwise.parallel.flows import Flows, Route
 from shardwise.parallel.pipeline import Micro, Pipeline, received, stages_of
 from shardwise.parallel.stage import Stage
 from shardwise.parallel.statistics import Totals
-from shardwise.parallel.ties import Ties, places_of
-from shardwise.spec.layout import holds, stage_rank, stages_with
+from shardwise.parallel.ties import Ties, kept, places_of
+from shardwise.spec.layout import stage_rank, stages_with
 from shardwise.spec.plan import Plan
 
 if TYPE_CHECKING:
     from shardwise.parallel.parallelize import Replica
 
 Head = Callable[[Any, Any, int], Tensor]  # (output, batch, microbatch) -> what backward begins with
-
-
-def kept(module: nn.Module, plan: Plan, rank: int) -> list[str]:
-    """The names of the parameters and buffers that `rank` has under the plan; all of them without a pipeline."""
-    named = [*(name for name, _ in module.named_parameters()), *(name for name, _ in module.named_buffers())]
-    return [name for name in named if holds(f"model/{name}", plan, rank)]
 
 
 class Pipelined:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,10 +18,12 @@ from shardwise.parallel.coupling import agree, check
 from shardwise.parallel.evaluate import evaluate
 from shardwise.parallel.gathered import gathered_step
 from shardwise.parallel.parallelize import Replica
-from shardwise.parallel.pipelined import Pipelined
 from shardwise.parallel.precision import LossScaler
 from shardwise.parallel.statistics import Totals
 from shardwise.parallel.synchronise import StepTimes
+
+if TYPE_CHECKING:
+    from shardwise.parallel.pipelined import Pipelined
 
 __all__ = ["StepResult", "evaluate", "step"]
 

@@ -1,4 +1,4 @@
-"""Parameters that several stages of a pipeline hold: their gradients are summed, and counted once."""
+"""Which rank of a pipeline has what; parameters that several have: their gradients are summed, and counted once."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.comm.group import Group
-from shardwise.spec.layout import stage_rank, stages_with
+from shardwise.spec.layout import holds, stage_rank, stages_with
 from shardwise.spec.plan import Plan
 
 
 def places_of(name: str, plan: Plan) -> list[int]:
     """The places on the pipeline axis that hold a parameter or buffer."""
     return sorted({stage_rank(number, plan) for number in stages_with(f"model/{name}", plan)})
+
+
+def kept(module: nn.Module, plan: Plan, rank: int) -> list[str]:
+    """The names of the parameters and buffers that `rank` has under the plan; all of them without a pipeline."""
+    named = [*(name for name, _ in module.named_parameters()), *(name for name, _ in module.named_buffers())]
+    return [name for name in named if holds(f"model/{name}", plan, rank)]
 
 
 class Ties:
