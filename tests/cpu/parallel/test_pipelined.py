@@ -20,6 +20,7 @@ from shardwise.models.resnet import ResNet
 from shardwise.parallel.parallelize import Replica, parallelize
 from shardwise.parallel.step import evaluate, step
 from shardwise.plan.stages import with_stages
+from shardwise.plan.support import SEVERAL_STAGES
 from shardwise.spec.plan import Plan
 from shardwise.spec.profile import ModelProfile
 from tests.ranks import Rank, run_ranks
@@ -190,18 +191,30 @@ def compare(name: str, how: dict[str, Any] | None = None, **fields: Any) -> list
     return found
 
 
-@pytest.mark.parametrize("name", MODELS)
+QUICK = ("norm", "remembers", "tied", "dropout", "resnet")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in MODELS])
 def test_two_stages_train_like_one_process(name: str) -> None:
     compare(name, pipeline=2)
 
 
-@pytest.mark.parametrize("name", ["tied", "dropout", "frozen", "albert", "peeks"])
+@pytest.mark.parametrize(
+    "name", ["dropout", "peeks", *(pytest.param(n, marks=pytest.mark.slow) for n in ("tied", "frozen", "albert"))]
+)
 def test_two_replicas_of_two_stages_train_like_one_process(name: str) -> None:
     compare(name, data=2, pipeline=2)
 
 
 @pytest.mark.parametrize(
-    ("schedule", "virtual"), [("naive", 1), ("gpipe", 1), ("interleaved", 2), ("zero_bubble", 2), ("zbv", 2)]
+    ("schedule", "virtual"),
+    [
+        ("zbv", 2),
+        *(
+            pytest.param(name, 2 if name in SEVERAL_STAGES else 1, marks=pytest.mark.slow)
+            for name in ("naive", "gpipe", "interleaved", "zero_bubble")
+        ),
+    ],
 )
 def test_two_replicas_train_alike_under_every_schedule(schedule: str, virtual: int) -> None:
     compare("dropout", data=2, pipeline=2, schedule=schedule, virtual=virtual)
