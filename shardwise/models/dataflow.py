@@ -164,6 +164,8 @@ class _Watch(TorchDispatchMode):
         self._arguments: list[Any] = []
         self._needs = Needs()
         self._buffers = {_storage(buffer): name for name, buffer in module.named_buffers()}
+        self._spoilt: dict[int, str] = {}  # storages that an earlier call wrote into and did not return
+        self._written: set[int] = set()  # older storages that the open call has written into
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             self._note(tensor, Needs(tensors=frozenset([name])))
 
@@ -183,8 +185,9 @@ class _Watch(TorchDispatchMode):
             self.random = True
             if self._open is None:
                 needs |= Needs(drawn=frozenset([(len(self.calls), _line())]))
+        self._refuse_spoilt(given)
         if func._schema.is_mutable:
-            self._refuse_written(func, args, kwargs)
+            self._look_at_written(func, args, kwargs)
         out = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         old = [_storage(tensor) for tensor in given]
@@ -196,17 +199,30 @@ class _Watch(TorchDispatchMode):
                 self._made.add(_storage(tensor))
         return out
 
-    def _refuse_written(self, func: Any, args: Any, kwargs: Any) -> None:
+    def _look_at_written(self, func: Any, args: Any, kwargs: Any) -> None:
         """A buffer changes where its own part is called, or it would be another one on each stage."""
         for number, argument in enumerate(func._schema.arguments):
             value = args[number] if number < len(args) else kwargs.get(argument.name)
-            written = argument.alias_info is not None and argument.alias_info.is_write
-            name = self._buffers.get(_storage(value)) if written and isinstance(value, Tensor) else None
+            if argument.alias_info is None or not argument.alias_info.is_write or not isinstance(value, Tensor):
+                continue
+            storage = _storage(value)
+            name = self._buffers.get(storage)
+            if name is None and self._open is not None and storage not in self._made:
+                self._written.add(storage)
             if name is not None and (self._open is None or not name.startswith(f"{self._open}.")):
                 raise JobError(
                     f"the model changes its buffer '{name}'{_line()}, outside of the part that it belongs to, so "
                     "stages would not agree on it. Change it in the forward of the module that has it, inside of a "
                     "block."
+                )
+
+    def _refuse_spoilt(self, given: list[Tensor]) -> None:
+        """What a call writes into its argument stays on its stage, unless it returns it."""
+        for tensor in given:
+            if (block := self._spoilt.get(_storage(tensor))) is not None:
+                raise JobError(
+                    f"'{block}' writes into a tensor that it was given and does not return, and the model goes on with "
+                    f"it{_line()}. Return it, or write into a copy."
                 )
 
     def _read(self, given: list[Tensor]) -> None:
@@ -228,7 +244,7 @@ class _Watch(TorchDispatchMode):
     def enter(self, name: str, _: nn.Module, args: Any, kwargs: Any) -> None:
         if self._open is None:
             self._open = name
-            self._made = set()
+            self._made, self._written = set(), set()
             self._arguments = leaves_of((args, kwargs))
             self._needs = self.needs(self._arguments)
             tensors = [leaf for leaf in self._arguments if isinstance(leaf, Tensor)]
@@ -242,6 +258,8 @@ class _Watch(TorchDispatchMode):
             self._known[storage] = Needs()  # from now on what the call returned, leaf by leaf
         leaves, tree = tree_flatten(output, is_leaf=_whole)
         found = [self._leaf(leaf, number) for number, leaf in enumerate(leaves)]
+        returned = {_storage(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
+        self._spoilt.update((storage, name) for storage in self._written - returned)
         self.calls.append(Call(name, self._needs, tuple(found), tree))
 
     def _leaf(self, leaf: Any, number: int) -> Leaf:

@@ -73,7 +73,8 @@ class Flows:
         return self._known[key]
 
     def _look(self, batch: Any, forward: Forward | None, loss: Loss | None) -> Route:
-        with torch.random.fork_rng(), quiet():
+        devices = {p.device for p in self._module.parameters() if p.is_cuda}
+        with torch.random.fork_rng(devices=list(devices)), quiet():
             try:
                 mode = FakeTensorMode(allow_non_fake_inputs=True)
                 given = tree_map(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, batch)

@@ -363,10 +363,12 @@ def _refuse_with_pipeline(module: nn.Module, plan: Plan, coupled: str, *, compil
 
 def _refuse_unlike(module: nn.Module, mesh: Mesh) -> None:
     """Raise JobError on every rank when names, shapes or dtypes of the modules differ."""
+    groups = [axis.group for axis in (mesh.axis("data"), mesh.axis("pipeline")) if axis.group is not None]
+    if not groups:
+        return
     tensors = [*module.named_parameters(), *module.named_buffers()]
     described = "\n".join(f"{name} {tuple(t.shape)} {t.dtype} {t.requires_grad}" for name, t in tensors)
     number = float(int.from_bytes(hashlib.sha256(described.encode()).digest()[:6], "little"))
-    groups = [axis.group for axis in (mesh.axis("data"), mesh.axis("pipeline")) if axis.group is not None]
     for group in groups:
         most, least = largest([number, -number], group, mesh.device)
         if most != -least:

@@ -14,9 +14,9 @@ SAMPLES = 2  # of a microbatch, where the job does not say how to be small
 
 class Difference(Struct, frozen=True, kw_only=True):
     """The largest relative error of one kind, `where` it is, and `first`: the first in the order of the module that is
-    above the tolerance."""
+    above the tolerance. The error is None where one side has no number."""
 
-    error: float = 0.0
+    error: float | None = 0.0
     where: str = ""
     first: str = ""
 
@@ -46,9 +46,8 @@ class Verified(Struct, frozen=True, kw_only=True):
         lines = [f"{self.ran} on {self.ranks} rank(s) against one, {self.steps} steps in float64 (asked: {self.asked})"]
         for name in ("loss", "gradients", "parameters", "buffers"):
             found: Difference = getattr(self, name)
-            lines.append(
-                f"  {name:<10} relative error at most {found.error:.1e}" + (f" ({found.where})" * bool(found.where))
-            )
+            much = "is not a number" if found.error is None else f"at most {found.error:.1e}"
+            lines.append(f"  {name:<10} relative error {much}" + (f" ({found.where})" if found.where else ""))
         if self.same:
             return "\n".join([*lines, f"The plan computes the same, within {TOLERANCE:g}."])
         return "\n".join([*lines, f"The plan does not compute the same: {self.cause}"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +30,13 @@ from shardwise.train.data import prepare
 from shardwise.train.optimizers import Optimizers
 from shardwise.train.run import build_replica
 from shardwise.train.verified import TOLERANCE, Difference, Verified
+from shardwise.train.worker import JOIN_LIMIT_S, closing
 
 FLOOR = 1e-6  # of the largest norm: gradients smaller than that are zero but for rounding
-JOIN_LIMIT_S = 120.0
 
 
 def entry(*, rank: int, world: int, port: int, listen_fd: int | None, told: dict[str, Any]) -> None:
-    """A rank of the plan; rank 0 writes a Verified to `told["out"]`."""
+    """A rank of the plan; rank 0 writes a Verified into the folder."""
     context.mark_launched()
     plan = files.load(Path(told["folder"]) / "plan.json", Plan)
     store = open_store(listen_fd, port, rank, world, JOIN_LIMIT_S) if world > 1 else None
@@ -161,7 +160,9 @@ def _differences(reference: Mapping[str, Tensor], found: list[dict[str, Tensor]]
         scale = max(float(expected.norm()), FLOOR * largest) or 1.0
         there = [float((rank[name] - expected).norm()) / scale for rank in found if name in rank]
         errors[name.partition("/")[2]] = max(there, default=math.inf)
-    return _worst(errors)
+    kind = next(iter(reference), "").partition("/")[0]
+    more = {name for rank in found for name in rank if name.startswith(f"{kind}/")} - set(reference)
+    return _worst(errors | dict.fromkeys((name.partition("/")[2] for name in sorted(more)), math.inf))
 
 
 def _worst(errors: Mapping[str, float]) -> Difference:
@@ -169,7 +170,7 @@ def _worst(errors: Mapping[str, float]) -> Difference:
         return Difference()
     where = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
     first = next((name for name, error in errors.items() if not error <= TOLERANCE), "")
-    return Difference(error=errors[where], where=where, first=first)
+    return Difference(error=errors[where] if math.isfinite(errors[where]) else None, where=where, first=first)
 
 
 def _cause(
@@ -187,6 +188,8 @@ def _cause(
             "a microbatch, on the rank, on chance of its own, or on something that a part leaves to others beside what "
             "it returns."
         )
+    if gradients.first and f"gradient/{gradients.first}" not in reference:
+        return f"'{gradients.first}' has a gradient, where one device leaves it without one."
     if gradients.first:
         times = _factor(gradients.first, reference, found)
         much = f": it is {times:.4g} times what it should be, so it was counted that often" if times else ""

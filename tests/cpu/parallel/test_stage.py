@@ -211,7 +211,28 @@ class Leaks(Tied):
         return {"logits": self.head(self.blocks[1](x) * self.blocks[0].kept)}
 
 
-@pytest.mark.parametrize(("kind", "said"), [(Looks, "looks at numbers"), (Leaks, "'blocks.0' leaves a tensor")])
+class Adding(nn.Linear):
+    def forward(self, x: Tensor, count: Tensor) -> Tensor:
+        count.add_(1)
+        return super().forward(x) * count.clone()
+
+
+class Counts(Tied):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Adding(16, 16) for _ in range(4))
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        x, count = self.words(input_ids), torch.ones(())
+        for block in self.blocks:
+            x = block(x, count)
+        return {"logits": self.head(x)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [(Counts, "'blocks.0' writes into a tensor"), (Looks, "looks at numbers"), (Leaks, "'blocks.0' leaves a tensor")],
+)
 def test_what_cannot_be_cut_is_refused(kind: type[nn.Module], said: str) -> None:
     with pytest.raises(JobError, match=said):
         dataflow(kind(), {"input_ids": torch.arange(8).view(2, 4)}, loss=loss)

@@ -31,8 +31,8 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
-def here(zygote: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Calibrations start from the tests' zygote and are kept in a folder of the test."""
+def here(zygote: Any, trained: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Calibrations start from the tests' zygote and are kept in a folder of the test, as `trained` finds them."""
     monkeypatch.setattr(start, "take", lambda: Shared(zygote))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("SHARDWISE_TRANSPORT", raising=False)

@@ -23,7 +23,8 @@ def test_a_plan_computes_the_same(plan: str, trained: Train, tmp_path: Path) -> 
     assert report.same, report.text()
     assert report.steps == 3
     assert report.ranks <= 4
-    assert max(report.gradients.error, report.parameters.error, report.loss.error) < 1e-9
+    errors = [report.gradients.error, report.parameters.error, report.loss.error]
+    assert all(error is not None and error < 1e-9 for error in errors)
     assert report.losses == pytest.approx(report.expected, rel=1e-9)
     assert report.losses[0] != report.losses[1]
     assert report.gradients.where
@@ -52,6 +53,27 @@ FAULTS = {  # what rank 1 does that one process does not
     "out = out * (1 + 0.1 * int(os.environ['RANK']))": "the loss of the first step differs already",
     "out.requires_grad and out.register_hook(lambda g: g * (1 + int(os.environ['RANK'])))": "times what it should be",
 }
+
+
+DETACHED = """
+class Net(torch.nn.Module):
+    def __init__(self, dropout):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(a, b) for a, b in ((6, 16), (16, 16), (16, 16), (16, 3)))
+
+    def forward(self, inputs):
+        x = self.layers[1](self.layers[0](inputs)).detach()
+        return self.layers[3](self.layers[2](x))
+"""
+
+
+def test_a_gradient_that_one_device_does_not_have_is_named(trained: Train, tmp_path: Path) -> None:
+    file = tmp_path / "small.py"
+    text = file.read_text()
+    file.write_text(text[: text.index("class Net")] + DETACHED + "\n\n" + text[text.index("def kill_once") :])
+    report = api.verify(file, plan="pipeline=2")
+    assert report.gradients.error is None
+    assert "'layers.0.bias' has a gradient, where one device leaves it without one" in report.text()
 
 
 @pytest.mark.parametrize("fault", FAULTS)
