@@ -98,6 +98,19 @@ def collect(
     return {n: t for n, t in every.items() if plan is None or holds(n, plan, rank)}, scalars
 
 
+def global_shapes(
+    tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], plan: Plan, rank: int
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of the whole, for tensors that are cut as the plan cuts their parameter; `shapes` are parameters'."""
+    known = {_clean(name): shape for name, shape in shapes.items()}
+    found = {}
+    for name, tensor in tensors.items():
+        whole = known.get(name.split("/")[1]) if name.startswith(("model/", "optimizer/")) else None
+        if whole and tuple(tensor.shape) != whole and tuple(tensor.shape) == local_shape(name, whole, plan, rank):
+            found[name] = whole
+    return found
+
+
 def merge(scalars: Sequence[dict[str, Any]], plan: Plan) -> dict[str, Any]:
     """One set of scalars of what the places of the pipeline axis have, in their order: each knows the optimizer state
     of the parameters, and the extra state of the modules, that it has."""
@@ -173,11 +186,11 @@ class OptimizerLoad:
     def _empty(self, name: str, p: nn.Parameter, group: Mapping[str, Any], key: str) -> torch.Tensor:
         entry = self._manifest.tensors[name]
         dtype = dtype_of(entry.dtype)
-        if entry.shape == tuple(p.shape):
+        shape = local_shape(name, entry.shape, self._plan, self._rank)
+        if shape == tuple(p.shape):
             return torch.empty_like(p, dtype=dtype, requires_grad=False)
         # torch keeps a step count on the CPU unless the optimizer runs in one kernel or graph
         on_cpu = key == "step" and not (group.get("fused") or group.get("capturable"))
-        shape = local_shape(name, entry.shape, self._plan, self._rank)
         return torch.empty(shape, dtype=dtype, device="cpu" if on_cpu else p.device)
 
 

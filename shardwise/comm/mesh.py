@@ -16,6 +16,8 @@ from shardwise.comm.traffic import described
 from shardwise.errors import ClusterError, CommError, SpecError
 from shardwise.spec.plan import AXES, Plan
 
+BATCH = ("data", "shard")  # the axes whose ranks have samples of their own
+
 
 class Axis(NamedTuple):
     """One axis of the mesh as this rank sees it: its own place, the length, and the group (None when alone)."""
@@ -49,18 +51,29 @@ class Mesh:
             self._groups = _axis_groups(plan, self.rank, self.world, settings, owns_world=self._owns_world)
 
     def axis(self, name: str) -> Axis:
-        """The axis called `name`. Raises SpecError for a name that is not one of the plan's axes."""
+        """The axis called `name`; `batch` is data and shard together, the ranks that have samples of their own. Raises
+        SpecError for a name that is not one of the plan's axes."""
+        if name == "batch":
+            return self._batch()
         if name not in AXES:
             raise SpecError(f"'{name}' is no axis of a plan; the axes are {', '.join(AXES)}.")
         place = self.plan.coordinates(self.rank)[name]
         return Axis(name, place, getattr(self.plan, name), self._groups.get(name))
 
+    def _batch(self) -> Axis:
+        data, shard = self.axis("data"), self.axis("shard")
+        if data.size > 1 and shard.size > 1:
+            place = data.rank * shard.size + shard.rank
+            return Axis("batch", place, data.size * shard.size, self._groups["batch"])
+        return data if shard.size == 1 else shard
+
     def second_group(self, name: str, purpose: str = "statistics") -> Group | None:
         """A further group over the ranks of an axis, with an order of its own; every rank of the mesh must call it."""
-        lines = _lines(self.plan, name)
-        if len(lines[0]) == 1:
+        group = self.axis(name).group
+        if group is None:
             return None
-        made = _make_groups(lines, self.rank, f"{name} {purpose}", self._groups[name].settings)
+        lines = _lines(self.plan, *(BATCH if name == "batch" else (name,)))
+        made = _make_groups(lines, self.rank, f"{name} {purpose}", group.settings)
         self._extra.append(made)
         return made
 
@@ -152,10 +165,10 @@ def connect(
 def _axis_groups(plan: Plan, rank: int, world: int, settings: GroupSettings, *, owns_world: bool) -> dict[str, Group]:
     """The groups of the axes that are longer than one rank."""
     groups: dict[str, Group] = {}
-    for axis in AXES:
-        lines = _lines(plan, axis)
-        if len(lines[0]) == 1:
-            continue
+    lines_of = {axis: _lines(plan, axis) for axis in AXES if getattr(plan, axis) > 1}
+    if plan.data > 1 and plan.shard > 1:
+        lines_of["batch"] = _lines(plan, *BATCH)
+    for axis, lines in lines_of.items():
         default = dist.group.WORLD
         if len(lines[0]) == world and isinstance(default, Group) and owns_world:
             default.setGroupDesc(axis)
@@ -201,12 +214,12 @@ def _make_groups(lines: list[list[int]], rank: int, name: str, settings: GroupSe
     return mine
 
 
-def _lines(plan: Plan, axis: str) -> list[list[int]]:
-    """The ranks that differ on `axis` only, as one list for each choice of the other axes."""
+def _lines(plan: Plan, *axes: str) -> list[list[int]]:
+    """The ranks that differ on `axes` only, as one list for each choice of the other axes."""
     found: dict[tuple[int, ...], list[int]] = {}
     for rank in range(plan.ranks):
         place = plan.coordinates(rank)
-        found.setdefault(tuple(v for k, v in place.items() if k != axis), []).append(rank)
+        found.setdefault(tuple(v for k, v in place.items() if k not in axes), []).append(rank)
     return list(found.values())
 
 

@@ -19,6 +19,7 @@ from shardwise.parallel.alone import Alone
 from shardwise.parallel.loss_band import LossBand
 from shardwise.parallel.moments import groups_with_moments
 from shardwise.parallel.reducer import Named, Reducer
+from shardwise.parallel.scatter import Scatter
 from shardwise.parallel.synchronise import Kept, KeptByAll, Optimizers, StepTimes, Synchroniser
 from shardwise.plan.auto_sync import Measured, choose
 from shardwise.spec.sync import Sync
@@ -46,7 +47,7 @@ class AutoSync(Synchroniser):
     ) -> None:
         self._named = named
         self._mesh = mesh
-        self._group = cast(Group, mesh.axis("data").group)
+        self._group = cast(Group, mesh.axis("batch").group)
         self._allow = tuple(allow)
         self._make = make
         self._exact = Sync(bucket_bytes=sync.bucket_bytes)
@@ -60,7 +61,7 @@ class AutoSync(Synchroniser):
         self._inner = make(self._exact)
 
     @property
-    def reducer(self) -> Reducer | Alone:
+    def reducer(self) -> Reducer | Scatter | Alone:
         return self._inner.reducer
 
     @property

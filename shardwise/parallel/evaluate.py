@@ -40,7 +40,7 @@ def evaluate(
     sums = [0.0] * (2 * len(functions))
     module.eval()
     try:
-        with torch.no_grad(), replica.formats.step(several=True):
+        with torch.no_grad(), replica.formats.step(several=True), replica.working():
             outputs = _outputs(replica, batches, forward)
             for output, batch in gathered_outputs(replica, outputs) if replica.coupled == "gather" else outputs:
                 _add(sums, _measure(replica, output, batch, functions))
@@ -53,6 +53,35 @@ def evaluate(
 
 
 def _outputs(replica: Replica, batches: Iterable[Any], forward: Any) -> Iterator[tuple[Any, Any]]:
+    if replica.units is None:
+        yield from _each_output(replica, batches, forward)
+        return
+    again: list[bool] = []  # of each batch, whether it has been counted before
+    rounds = _rounds(replica, batches, again)
+    for output, batch in _each_output(replica, rounds, forward):
+        if not again[-1]:
+            yield output, batch
+
+
+def _rounds(replica: Replica, batches: Iterable[Any], again: list[bool]) -> Iterator[Any]:
+    """As many batches on all ranks that gather parameters together: who has no more goes through its last one again."""
+    axis, each, last = replica.mesh.axis("shard"), iter(batches), None
+    while True:
+        batch = next(each, None)
+        having, ready = totals([float(batch is not None), float((batch or last) is not None)], axis.group)
+        if not having:
+            return
+        if ready < axis.size:
+            raise JobError(
+                f"zero=3 needs at least one batch of evaluation data on each of the {axis.size} ranks of the shard "
+                "axis. Give more evaluation data, or use zero=2."
+            )
+        again.append(batch is None)
+        last = last if batch is None else batch
+        yield last
+
+
+def _each_output(replica: Replica, batches: Iterable[Any], forward: Any) -> Iterator[tuple[Any, Any]]:
     if replica.pipelined is not None:
         yield from replica.pipelined.outputs(map(replica.formats.place, batches), forward)
         return

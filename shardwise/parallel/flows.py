@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -35,7 +35,7 @@ class Flows:
     """Routes of a module that is cut as `plan` says, each found once, on a copy of the module without its numbers.
 
     In the block of `bare()` the module is as the user made it. `numbers` are the stages of this rank, and `kept` is
-    what it has of the module.
+    what it has of the module; `shapes` are those of the whole parameters.
     """
 
     def __init__(
@@ -46,8 +46,10 @@ class Flows:
         *,
         numbers: Sequence[int],
         kept: Collection[str],
+        shapes: Mapping[str, tuple[int, ...]],
     ) -> None:
         self._module = module
+        self._shapes = shapes
         self._blocks = plan.blocks
         self._firsts = [stage.first for stage in plan.stages]
         self._bare = bare
@@ -100,8 +102,10 @@ class Flows:
     def _twin(self, parameter: Copy, buffer: Copy) -> nn.Module:
         """A copy with other tensors: whatever its forward leaves in it, the module itself stays as it is."""
         memo: dict[int, Any] = {}
-        for p in self._module.parameters():
-            memo[id(p)] = nn.Parameter(parameter(p.detach()), requires_grad=p.requires_grad)
+        for name, p in self._module.named_parameters():
+            # of what is cut there are zeros, as of what is elsewhere
+            data = p.detach() if p.shape == self._shapes[name] else p.new_zeros(()).expand(self._shapes[name])
+            memo[id(p)] = nn.Parameter(parameter(data), requires_grad=p.requires_grad)
         for b in self._module.buffers():
             memo[id(b)] = buffer(b)
         with self._bare():

@@ -22,8 +22,11 @@ from shardwise.parallel.coupling import UNKNOWN, agree
 from shardwise.parallel.exact import ShardBuffers
 from shardwise.parallel.precision import Formats, LossScaler
 from shardwise.parallel.reducer import Reducer
+from shardwise.parallel.scatter import Scatter
+from shardwise.parallel.sharded import gathered, whole_at_rest
 from shardwise.parallel.statistics import Totals
 from shardwise.parallel.ties import kept
+from shardwise.parallel.units import Units
 from shardwise.parallel.words import synchroniser
 from shardwise.plan.support import refuse_unbuilt
 from shardwise.plan.synchronisations import refuse_together
@@ -37,8 +40,9 @@ if TYPE_CHECKING:
 class Replica:
     """A module that obeys a plan on one rank. `module` is the user's own object; `fresh` until the first step agreed.
 
-    Only `parallelize` makes one. `guess` is the global weight of the last step, by which the loss is divided before
-    backward; `state` and `load_state` keep it (and the float16 loss scale) over a checkpoint.
+    Only `parallelize` makes one. `shapes` are those of the whole parameters. `guess` is the global weight of the last
+    step, by which the loss is divided before backward; `state` and `load_state` keep it (and the float16 loss scale)
+    over a checkpoint.
     """
 
     def __init__(
@@ -52,11 +56,13 @@ class Replica:
         norms: BatchNormSync | None,
         allow: Sequence[str],
         pipelined: Pipelined | None = None,
+        units: Units | None = None,
+        shapes: dict[str, tuple[int, ...]] | None = None,
     ) -> None:
         self.module = module
         self.plan = plan
         self.mesh = mesh
-        self.axis = mesh.axis("data")
+        self.axis = mesh.axis("batch")
         self.coupled = coupled
         self.shards = shards
         self.formats = Formats(plan.precision, mesh.device)
@@ -65,12 +71,14 @@ class Replica:
         self.fresh = True
         self._guessed = False
         self._norms = norms
+        self.units = units
+        self.shapes = shapes or {}
         self.pipelined = pipelined
         if pipelined is not None:
             pipelined.attach(self)
         self._buffers = ShardBuffers(module, self.axis) if shards else None
         self.synchroniser = synchroniser(
-            self.named, mesh, plan.sync, shards=shards, allow=allow, tables=_sparse_embeddings(module)
+            self.named, mesh, plan.sync, shards=shards, allow=allow, tables=_sparse_embeddings(module), units=units
         )
         self._watch: Any = None
 
@@ -89,12 +97,23 @@ class Replica:
         """Whether this rank computes the module's outputs, and the loss."""
         return self.pipelined is None or self.pipelined.last
 
+    def working(self) -> contextlib.AbstractContextManager[None]:
+        """Around forward passes that are no step's. Collective."""
+        return self.units.working() if self.units is not None else contextlib.nullcontext()
+
+    def gather(self) -> None:
+        """Every rank has the whole module, to keep. Collective."""
+        if self.units is not None:
+            self.units.dissolve()
+        if self.pipelined is not None:
+            self.pipelined.gather()
+
     def quiet(self) -> contextlib.AbstractContextManager[None]:
         """Around a forward that no other rank takes part in."""
         return self._norms.paused() if self._norms is not None else contextlib.nullcontext()
 
     @property
-    def reducer(self) -> Reducer | Alone:
+    def reducer(self) -> Reducer | Scatter | Alone:
         """What the gradients of the coming step go through."""
         return self.synchroniser.reducer
 
@@ -111,10 +130,12 @@ class Replica:
     # The phases of a step, in the order in which `step` calls them.
 
     def begin(self, micros: int) -> None:
-        for axis in ("data", "pipeline"):
+        for axis in ("data", "shard", "pipeline"):
             if (group := self.mesh.axis(axis).group) is not None:
                 group.step += 1
         self.reducer.begin()
+        if self.units is not None:
+            self.units.open()
         if self._buffers is not None:
             self._buffers.begin()
         if self._norms is not None:
@@ -238,6 +259,8 @@ class Replica:
         self.synchroniser.close()
         if self.pipelined is not None:
             self.pipelined.close()
+        if self.units is not None:
+            self.units.unwrap()
         if self._norms is not None:
             self._norms.close()
         if self._watch is not None:
@@ -264,7 +287,7 @@ def parallelize(
     """
     refuse_unbuilt(plan)
     norms = batch_norms(module)
-    _refuse_combinations(plan, list(norms), batch_norm, coupled)
+    _refuse_combinations(plan, list(norms), batch_norm, coupled, compile=compile)
     if plan.pipeline > 1:
         _refuse_with_pipeline(module, plan, coupled, compile=compile)
     if mesh.device.type == "cpu":
@@ -273,16 +296,20 @@ def parallelize(
     _move(module, kept(module, plan, mesh.rank), mesh.device, torch.float64 if plan.precision == "float64" else None)
     if plan.exact:
         torch.set_num_threads(1)
-    axis = mesh.axis("data")
+    axis = mesh.axis("batch")
     _refuse_unlike(module, mesh)
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
     if axis.group is not None:
         broadcast_all(_held(module, plan, mesh.rank), axis.group)
     sync = None
     if norms and batch_norm == "sync" and axis.size > 1:
-        second = mesh.second_group("data")
+        second = mesh.second_group("batch")
         assert second is not None
         here = {name: norm for name, norm in norms.items() if holds(f"model/{name}.weight", plan, mesh.rank)}
         sync = BatchNormSync(here, second, mesh.device)
+    if pipelined is not None:
+        pipelined.spread()
+    units = gathered(module, kept(module, plan, mesh.rank), mesh) if not whole_at_rest(plan) else None
     if pipelined is not None:
         pipelined.begin()
     if compile:
@@ -296,6 +323,8 @@ def parallelize(
         norms=sync,
         allow=allow,
         pipelined=pipelined,
+        units=units,
+        shapes=shapes,
     )
 
 
@@ -332,16 +361,20 @@ def _sparse_embeddings(module: nn.Module) -> list[str]:
     return [name for name, p in module.named_parameters() if id(p) in sparse]
 
 
-def _refuse_combinations(plan: Plan, norms: Sequence[str], batch_norm: str, coupled: str) -> None:
+def _refuse_combinations(plan: Plan, norms: Sequence[str], batch_norm: str, coupled: str, *, compile: bool) -> None:
     if plan.exact and batch_norm == "sync" and norms:
         raise SpecError(
             f"exact=True cannot synchronise batch norms ({', '.join(list(norms)[:3])}): their sums over ranks are in "
             "no fixed order. Use batch_norm='local', or a norm over features such as GroupNorm."
         )
-    if plan.data > 1 and norms and batch_norm == "sync":
+    if plan.replicas > 1 and norms and batch_norm == "sync":
         refuse_together(plan, "batch_norm", "batch_norm='sync'")
-    if plan.data > 1 and coupled == "gather":
+    if plan.replicas > 1 and coupled == "gather":
         refuse_together(plan, "coupled", "coupled='gather'")
+    if plan.shard > 1 and plan.zero > 1 and coupled == "gather":
+        raise SpecError(f"coupled='gather' does not go with zero={plan.zero} yet. Use zero=1, or the data axis alone.")
+    if not whole_at_rest(plan) and compile:
+        raise SpecError("compile=True does not go with zero=3 yet. Leave it out, or use zero=2.")
 
 
 def _refuse_with_pipeline(module: nn.Module, plan: Plan, coupled: str, *, compile: bool) -> None:
@@ -363,7 +396,7 @@ def _refuse_with_pipeline(module: nn.Module, plan: Plan, coupled: str, *, compil
 
 def _refuse_unlike(module: nn.Module, mesh: Mesh) -> None:
     """Raise JobError on every rank when names, shapes or dtypes of the modules differ."""
-    groups = [axis.group for axis in (mesh.axis("data"), mesh.axis("pipeline")) if axis.group is not None]
+    groups = [axis.group for axis in (mesh.axis("batch"), mesh.axis("pipeline")) if axis.group is not None]
     if not groups:
         return
     tensors = [*module.named_parameters(), *module.named_buffers()]

@@ -58,7 +58,8 @@ class Pipeline:
     """The stages `numbers` of `count` under a schedule; `group` are the ranks of the pipeline.
 
     `compute(stage, chunk, received)` runs a stage on microbatch `chunk`; `reduce(stage)` is called when all gradients
-    of a stage are there.
+    of a stage are there, and `gather()` before a backward that puts off gradients of parameters, which must be the
+    module's own then.
     """
 
     def __init__(
@@ -72,12 +73,13 @@ class Pipeline:
         schedule: str,
         compute: Compute,
         reduce: Reduce = lambda number: None,
+        gather: Callable[[], None] = lambda: None,
     ) -> None:
         self._schedule = schedule
         self._count = count
         self._ranks = group.size()
         self._runners: dict[int, Any] = {}
-        self._pieces = [_Piece(module, number, count, group, device, compute, reduce) for number in numbers]
+        self._pieces = [_Piece(module, number, count, group, device, compute, reduce, gather) for number in numbers]
 
     def step(self, micros: Sequence[Micro]) -> None:
         """Forward and backward of all microbatches, of which there are as many on all ranks of the pipeline.
@@ -132,10 +134,12 @@ class _Piece(_PipelineStageBase):
         device: torch.device,
         compute: Compute,
         reduce: Reduce,
+        gather: Callable[[], None],
     ) -> None:
         super().__init__(module, number, count, device, group)
         self._compute = compute
         self._reduce = reduce
+        self._gather = gather
         self._runtime_validate = False  # it knows one shape for all microbatches
         self._grads: list[Any] = []
         self._follow: list[bool] = []  # whether the gradients of parameters may be put off
@@ -192,6 +196,8 @@ class _Piece(_PipelineStageBase):
         then left on the way from an input that requires one, so a stage that has others does all of backward at once.
         """
         at_once = full_backward or not self._follow[bwd_chunk_id]
+        if not at_once:
+            self._gather()
         super().backward_one_chunk(bwd_chunk_id, loss, full_backward=at_once, last_backward=last_backward)
         if at_once and not full_backward:
             self._done.add(bwd_chunk_id)

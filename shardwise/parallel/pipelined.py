@@ -52,6 +52,7 @@ class Pipelined:
             schedule=plan.schedule,
             compute=self._compute,
             reduce=self._complete,
+            gather=self._gather_units,
         )
         self._replica: Replica | None = None
         self._micros: list[Micro] = []
@@ -64,11 +65,16 @@ class Pipelined:
     def attach(self, replica: Replica) -> None:
         """The replica that these are the stages of."""
         self._replica = replica
-        self._flows = Flows(replica.module, self._plan, self._bare, numbers=self.numbers, kept=self.kept)
+        self._flows = Flows(
+            replica.module, self._plan, self._bare, numbers=self.numbers, kept=self.kept, shapes=replica.shapes
+        )
 
-    def begin(self) -> None:
+    def spread(self) -> None:
         """What several ranks of the pipeline hold is alike from now on. Collective."""
         self._ties.spread(self._module)
+
+    def begin(self) -> None:
+        """The module's parts are run stage by stage from now on."""
         self._stage.open()
 
     @property
@@ -165,7 +171,8 @@ class Pipelined:
     @contextlib.contextmanager
     def _bare(self) -> Iterator[None]:
         """The module as the user made it."""
-        with self._stage.closed(), self._attached().quiet():
+        units = self._attached().units
+        with self._stage.closed(), units.bare() if units else contextlib.nullcontext(), self._attached().quiet():
             yield
 
     def _compute(self, number: int, chunk: int, came: Sequence[Tensor]) -> Any:
@@ -187,6 +194,10 @@ class Pipelined:
         mine = {name for name in self._left if stages_with(f"model/{name}", self._plan) == [number]}
         self._left -= mine
         self._attached().reducer.collect(mine)
+
+    def _gather_units(self) -> None:
+        if (units := self._attached().units) is not None:
+            units.open_all()
 
     def _attached(self) -> Replica:
         assert self._replica is not None

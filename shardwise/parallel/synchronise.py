@@ -13,6 +13,7 @@ from shardwise.comm.exchange import Exchange
 from shardwise.comm.mesh import Axis
 from shardwise.parallel.alone import Alone
 from shardwise.parallel.reducer import Named, Reducer
+from shardwise.parallel.scatter import Scatter
 from shardwise.parallel.statistics import Totals
 from shardwise.plan.buckets import usual_bucket_bytes
 from shardwise.spec.sync import Sync
@@ -84,7 +85,7 @@ class Synchroniser:
         return None
 
     @property
-    def reducer(self) -> Reducer | Alone:
+    def reducer(self) -> Reducer | Scatter | Alone:
         """What the gradients of the coming step go through."""
         return self._reducer
 

@@ -13,7 +13,9 @@ from shardwise.parallel.auto import AutoSync
 from shardwise.parallel.local import LocalUpdates
 from shardwise.parallel.reducer import Named
 from shardwise.parallel.served import ClockedUpdates, ServedUpdates
+from shardwise.parallel.sharded import ShardedUpdates
 from shardwise.parallel.synchronise import Synchroniser
+from shardwise.parallel.units import Units
 from shardwise.spec.sync import Sync
 
 CODECS = {16: "bf16", 8: "int8", 4: "int4", 2: "int2"}
@@ -27,12 +29,15 @@ def synchroniser(
     shards: int | None = None,
     allow: Sequence[str] = (),
     tables: Sequence[str] = (),
+    units: Units | None = None,
 ) -> Synchroniser:
     """How this replica agrees with the others. With one rank there is nobody to agree with, whatever the word.
 
-    `tables` are the parameters with sparse gradients.
+    `tables` are the parameters with sparse gradients, `units` what is whole only while it computes.
     """
-    axis = mesh.axis("data")
+    if mesh.plan.shard > 1:
+        return ShardedUpdates(named, mesh, units)
+    axis = mesh.axis("batch")
     if axis.group is None:
         return Synchroniser(named, axis, sync, shards=shards)
     if sync.word == "auto":
@@ -42,7 +47,7 @@ def synchroniser(
     if sync.word == "param_server":
         if sync.method == "sync" and not sync.backup and not tables:
             return ServedUpdates(named, axis, sync, axis.group)
-        second = mesh.second_group("data", "parameter server")
+        second = mesh.second_group("batch", "parameter server")
         assert second is not None
         return ClockedUpdates(named, axis, sync, second, tables=tables)
     return Synchroniser(named, axis, sync, shards=shards, exchange=_exchange(mesh, sync))
@@ -59,9 +64,9 @@ def _exchange(mesh: Mesh, sync: Sync) -> Exchange | None:
     if sync.word != "compressed":
         return None
     if not sync.overlap:
-        group = mesh.axis("data").group
+        group = mesh.axis("batch").group
         assert group is not None
         return make_sum(group, sync)
-    second = mesh.second_group("data")  # its thread's operations are in no order with the others
+    second = mesh.second_group("batch")  # its thread's operations are in no order with the others
     assert second is not None
     return Delayed(make_sum(second, sync), start=sync.start)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+from msgspec import structs
+
 from shardwise.plan.buckets import Seconds, choose_bucket_bytes, exposed_s, ring_seconds
 from shardwise.plan.memory import memory_parts
 from shardwise.plan.pipelined import BACKWARD, pipeline_seconds, stage_seconds
@@ -22,7 +24,7 @@ def time_parts(profile: ModelProfile, plan: Plan, job: JobFacts, cluster: Cluste
     Backward is twice forward (Narayanan et al. 2021, section 5.1). `communication` is what backward does not hide; of a
     pipeline what its stages send is in forward and backward, and `bubble` is what the busiest rank is idle.
     """
-    samples = -(-job.global_batch // plan.data)
+    samples = -(-job.global_batch // plan.replicas)
     rate = device_rate(cluster, plan)
     held = memory_parts(profile, plan, job, on_cpu=False)
     forward, bubble = profile.forward_flops * samples / rate, {}
@@ -31,10 +33,12 @@ def time_parts(profile: ModelProfile, plan: Plan, job: JobFacts, cluster: Cluste
         busy, idle = pipeline_seconds(plan, seconds)
         forward, bubble = busy / (1 + BACKWARD), {"bubble": idle}
     exchanged = 0.0
-    if plan.data > 1:
-        bucket = plan.sync.bucket_bytes or bucket_bytes(held["gradients"], cluster, plan.data)
-        message_s = all_reduce_seconds(cluster, plan.data)
-        exchanged = exposed_s(held["gradients"], bucket, BACKWARD * forward / plan.microbatches, message_s)
+    if plan.replicas > 1:
+        whole = memory_parts(profile, structs.replace(plan, shard=1), job, on_cpu=False)["gradients"]
+        bucket = plan.sync.bucket_bytes or bucket_bytes(whole, cluster, plan.replicas)
+        message_s = all_reduce_seconds(cluster, plan.replicas)
+        exchanged = exposed_s(whole, bucket, BACKWARD * forward / plan.microbatches, message_s)
+        exchanged += _gatherings(plan) * all_reduce_seconds(cluster, plan.shard)(whole) / 2 if plan.shard > 1 else 0
     device = cluster.devices[0]
     touched = held["parameters"] * 3 + 2 * held["optimizer"]
     bandwidth = device.memory_bandwidth or 10e9
@@ -45,6 +49,12 @@ def time_parts(profile: ModelProfile, plan: Plan, job: JobFacts, cluster: Cluste
         "communication": exchanged,
         "optimizer": touched / bandwidth,
     }
+
+
+def _gatherings(plan: Plan) -> int:
+    """How often parameters are gathered in a step, each half of an all-reduce (Rajbhandari et al. 2020, section 7):
+    with zero=3 for forward and backward of each microbatch, else after the update."""
+    return 2 * plan.microbatches if plan.zero == 3 else 1
 
 
 def bucket_bytes(gradient_bytes: int, cluster: Cluster, ranks: int) -> int:

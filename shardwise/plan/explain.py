@@ -19,7 +19,7 @@ PRICE = {
 def explain(plan: Plan, profile: ModelProfile, cluster: Cluster, job: JobFacts) -> str:
     """Several lines of plain text for a terminal."""
     device = cluster.devices[0]
-    per_rank = -(-job.global_batch // plan.data)
+    per_rank = -(-job.global_batch // plan.replicas)
     lines = [
         f"plan      {plan}",
         f"cluster   {len(cluster.nodes)} node, {len(cluster.devices)} x {device.kind}, "

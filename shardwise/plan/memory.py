@@ -16,7 +16,7 @@ def memory_parts(profile: ModelProfile, plan: Plan, job: JobFacts, *, on_cpu: bo
     Weights, gradients and optimizer states as in Rajbhandari et al. 2020, section 3.1; activations as the profile
     counted them for one sample, halved under 16-bit autocast.
     """
-    samples = -(-job.global_batch // (plan.data * plan.microbatches))
+    samples = -(-job.global_batch // (plan.replicas * plan.microbatches))
     if plan.exact:
         samples = -(-job.global_batch // job.logical_shards)
     width = 0.5 if plan.precision in ("bfloat16", "float16") else 1.0
@@ -28,9 +28,22 @@ def memory_parts(profile: ModelProfile, plan: Plan, job: JobFacts, *, on_cpu: bo
     }
     if plan.stages:
         parts = pipeline_bytes(profile, plan, job)
-    if plan.data > 1 or plan.microbatches > 1 or plan.exact:
-        largest = max((block.parameter_bytes for block in profile.blocks), default=0)
+    largest = max((block.parameter_bytes for block in profile.blocks), default=0)
+    _shard(parts, plan, largest)
+    if plan.replicas > 1 or plan.microbatches > 1 or plan.exact:
         parts["arriving gradients"] = largest  # autograd's own tensor lives until it is added to its bucket
     if on_cpu:
         parts["process"] = PROCESS_BYTES
     return parts
+
+
+def _shard(parts: dict[str, int], plan: Plan, largest: int) -> None:
+    """What the shard axis leaves of it on a rank (Rajbhandari et al. 2020, section 5). With zero=3 two of the blocks
+    are whole at a time: the one that computes, and one whose gradients leave. Stages keep whole gradients for a step.
+    """
+    sharded = {"optimizer": 1, "gradients": 2, "parameters": 3}
+    for part, zero in sharded.items():
+        if plan.zero >= zero and not (part == "gradients" and plan.stages):
+            parts[part] = -(-parts[part] // plan.shard)
+    if plan.shard > 1 and plan.zero > 1:
+        parts["gathered blocks"] = (2 if plan.zero == 3 else 1) * largest

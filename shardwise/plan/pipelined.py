@@ -33,7 +33,7 @@ def in_flight(plan: Plan, stage: int) -> int:
 
 def micro_samples(plan: Plan, job: JobFacts) -> int:
     """Samples of a microbatch on one replica, the largest."""
-    return -(-job.global_batch // (plan.data * plan.microbatches))
+    return -(-job.global_batch // (plan.replicas * plan.microbatches))
 
 
 def stage_seconds(

@@ -46,7 +46,7 @@ def search(
         )
     refuse_misfit(plan, job)
     room = min(device.memory_bytes for device in cluster.devices)
-    largest = max(1, job.global_batch // plan.data)
+    largest = max(1, job.global_batch // plan.replicas)
     plan = _buckets(plan, profile, cluster)
     if "microbatches" not in fixed and not profile.batch_norms:
         plan = structs.replace(plan, microbatches=max(plan.microbatches, min(largest, filling(plan))))
@@ -90,9 +90,9 @@ def _buckets(plan: Plan, profile: ModelProfile, cluster: Cluster) -> Plan:
 
     Elsewhere the ranks take what their transport usually asks for (`buckets.usual_bucket_bytes`).
     """
-    if plan.sync.bucket_bytes or plan.data == 1 or not cluster.calibrations:
+    if plan.sync.bucket_bytes or plan.replicas == 1 or not cluster.calibrations:
         return plan
-    chosen = bucket_bytes(profile.parameter_bytes, cluster, plan.data)
+    chosen = bucket_bytes(profile.parameter_bytes, cluster, plan.replicas)
     return structs.replace(plan, sync=structs.replace(plan.sync, bucket_bytes=chosen))
 
 

@@ -8,7 +8,7 @@ from shardwise.spec.cluster import Cluster
 from shardwise.spec.job import JobFacts
 from shardwise.spec.plan import AXES, Plan
 
-BUILT_AXES = ("data", "pipeline")
+BUILT_AXES = ("data", "shard", "pipeline")
 ONE_STAGE = ("naive", "gpipe", "1f1b")  # schedules of one stage a rank
 SEVERAL_STAGES = ("interleaved", "zero_bubble", "zbv")  # and of `virtual` stages a rank
 
@@ -29,10 +29,13 @@ def refuse_unbuilt(plan: Plan) -> None:
     if plan.splits:
         raise _unbuilt("splits", "leave them out")
     _refuse_schedule(plan)
-    if plan.pipeline > 1:
-        refuse_together(plan, "pipeline", f"pipeline={plan.pipeline}")
-        if plan.exact:
-            raise _unbuilt("exact=true with a pipeline", "use the data axis alone, or exact=false")
+    for axis in ("shard", "pipeline"):
+        if getattr(plan, axis) > 1:
+            refuse_together(plan, axis, f"{axis}={getattr(plan, axis)}")
+            if plan.exact:
+                raise _unbuilt(
+                    f"exact=true with {axis}={getattr(plan, axis)}", "use the data axis alone, or exact=false"
+                )
 
 
 def _refuse_schedule(plan: Plan) -> None:
@@ -66,17 +69,29 @@ def refuse_places(plan: Plan, cluster: Cluster) -> None:
 
 def refuse_misfit(plan: Plan, job: JobFacts) -> None:
     """Raise NoPlanFits when `plan` has more replicas than the job has samples, SpecError when it breaks `allow`."""
-    if plan.data > job.global_batch:
+    if plan.replicas > job.global_batch:
         raise NoPlanFits(
-            f"the plan {plan} asks for {plan.data} replicas, but global_batch={job.global_batch} has fewer "
+            f"the plan {plan} asks for {plan.replicas} replicas, but global_batch={job.global_batch} has fewer "
             f"samples than that. Raise global_batch of the job or use data={job.global_batch}."
         )
+    _refuse_unequal(plan, job)
     if plan.precision != job.precision and plan.precision not in (*NEUTRAL, *job.allow):
         raise SpecError(
             f"the plan's precision={plan.precision} changes the numbers and the job does not allow it. "
             f"Add '{plan.precision}' to the job's allow, or set its precision."
         )
     refuse_unallowed(plan, job.allow)
+
+
+def _refuse_unequal(plan: Plan, job: JobFacts) -> None:
+    """Raise NoPlanFits where ranks that gather a model's parts together would have unlike numbers of microbatches."""
+    least, more = divmod(job.global_batch, plan.replicas)
+    if plan.shard > 1 and plan.zero > 1 and more and least < plan.microbatches:
+        raise NoPlanFits(
+            f"the plan {plan} gives some of its {plan.replicas} ranks {least} samples and others {least + 1}, so not "
+            f"the same number of microbatches ({plan.microbatches}), which shard={plan.shard} with zero={plan.zero} "
+            f"needs. Use microbatches={max(1, least)}, or a global_batch that {plan.replicas} divides."
+        )
 
 
 def _on_cpu(devices: tuple[object, ...]) -> bool:

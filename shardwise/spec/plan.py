@@ -101,6 +101,11 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             product *= getattr(self, axis)
         return product
 
+    @property
+    def replicas(self) -> int:
+        """The number of parts that the samples of a step are split into: the ranks of data and shard together."""
+        return self.data * self.shard
+
     def coordinates(self, rank: int) -> dict[str, int]:
         """Where `rank` stands on each axis; the last axis of `AXES` varies fastest."""
         if not 0 <= rank < self.ranks:

@@ -95,7 +95,7 @@ def measure(mesh: Any) -> Cluster:
     from shardwise.comm.calibrate import calibrate as measured
     from shardwise.comm.collectives import gather_bytes
 
-    group = mesh.axis("data").group
+    group = mesh.axis("batch").group
     calibration = measured(group, mesh.device)
     told = gather_bytes(msgspec.json.encode(discover(probe=False)), group, mesh.device)
     return cluster_of([msgspec.json.decode(raw, type=Cluster).nodes[0] for raw in told], calibration)

@@ -55,8 +55,8 @@ class Trainer:
             self.prepared.train,
             global_batch=self.job.global_batch,
             seed=self.job.seed,
-            rank=self.mesh.axis("data").rank,
-            ranks=self.mesh.axis("data").size,
+            rank=self.mesh.axis("batch").rank,
+            ranks=self.mesh.axis("batch").size,
             start_step=self.state.step,
             steps=self.job.steps,
             logical_shards=self.job.logical_shards if self.plan.exact else None,
@@ -188,9 +188,8 @@ class Trainer:
         return True
 
     def gather(self) -> None:
-        """The module is whole on every rank, where it was cut into stages. All ranks call it, at the end."""
-        if self.replica.pipelined is not None:
-            self.replica.pipelined.gather()
+        """The module is whole on every rank. All ranks call it, at the end."""
+        self.replica.gather()
 
     def close(self) -> None:
         """Give the module back as it was, and end what makes batches ahead."""
@@ -220,7 +219,7 @@ def cut_here(job: TrainJob, plan: Plan, prepared: Prepared) -> Plan:
     copied = structs.replace(job, model=lambda: copy.deepcopy(job.model()))  # it may be the user's own module
     profile = profile_job(copied, prepared, cuts=True)
     if plan.microbatches == 1 and not profile.batch_norms:
-        most = max(1, job.global_batch // plan.data)
+        most = max(1, job.global_batch // plan.replicas)
         plan = structs.replace(plan, microbatches=min(most, filling(plan)))
     calls = chain(profile)
     return with_stages(plan, profile, lambda stage, first, last: calls.forward_flops(first, last))
@@ -248,6 +247,6 @@ def build_replica(job: TrainJob, plan: Plan, mesh: Mesh) -> Replica:
 def evaluate_replica(replica: Replica, prepared: Prepared, job: TrainJob) -> dict[str, float]:
     """Loss and metrics over all held-out samples, each counted once whatever the number of ranks."""
     assert prepared.eval is not None
-    axis = replica.mesh.axis("data")
+    axis = replica.mesh.axis("batch")
     batches = eval_batches(prepared.eval, batch=job.global_batch, rank=axis.rank, ranks=axis.size, workers=job.workers)
     return evaluate(replica, batches, job.loss, job.metrics, job.forward)

@@ -14,7 +14,7 @@ from shardwise.checkpoint.manifest import Manifest
 from shardwise.checkpoint.resume import resume
 from shardwise.checkpoint.save import save
 from shardwise.checkpoint.scalars import pack, unpack
-from shardwise.checkpoint.state import collect, merge
+from shardwise.checkpoint.state import collect, global_shapes, merge
 from shardwise.checkpoint.store import LocalStore, MemoryStore, Store
 from shardwise.comm.collectives import gather_bytes
 from shardwise.comm.mesh import Mesh
@@ -101,7 +101,10 @@ class Saver:
                 barrier=self._barrier,
                 keep_last=self.job.keep_last,
                 best=best,
-                shapes={name: (self.mesh.world, *tensor.shape[1:]) for name, tensor in rows.items()},
+                shapes={
+                    **global_shapes(tensors, replica.shapes, plan, rank),
+                    **{name: (self.mesh.world, *tensor.shape[1:]) for name, tensor in rows.items()},
+                },
             )
         state.saved = state.step
 

@@ -71,8 +71,9 @@ def shrunk(plan: Plan, facts: JobFacts, *, norms: bool, parts: int) -> tuple[Pla
             "parts to cut between. Let `small` of the job leave more blocks."
         )
     data = 1 if norms else min(plan.data, 2)
+    shard = 1 if norms else min(plan.shard, 2)
     pipeline = min(plan.pipeline, 4, max(1, parts // plan.virtual))
     micros = plan.microbatches if norms else min(max(plan.microbatches, 2 * pipeline), 2 * pipeline * plan.virtual)
-    few = structs.replace(plan, data=data, pipeline=pipeline, precision="float64", stages=(), blocks=())
+    few = structs.replace(plan, data=data, shard=shard, pipeline=pipeline, precision="float64", stages=(), blocks=())
     few = structs.replace(few, microbatches=1 if plan.exact else micros, predicted=None)
-    return few, min(facts.global_batch, SAMPLES * data * micros)
+    return few, min(facts.global_batch, SAMPLES * few.replicas * micros)

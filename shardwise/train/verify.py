@@ -24,6 +24,7 @@ from shardwise.parallel.parallelize import Replica
 from shardwise.parallel.step import step
 from shardwise.spec import files
 from shardwise.spec.job import TrainJob
+from shardwise.spec.layout import Box, boxes, local_offsets
 from shardwise.spec.plan import Plan
 from shardwise.train import capture, context
 from shardwise.train.data import prepare
@@ -66,12 +67,12 @@ def _job(told: Mapping[str, Any]) -> TrainJob:
 def _compare(
     job: TrainJob, plan: Plan, prepared: Prepared, losses: list[float], found: list[dict[str, Tensor]], told: Any
 ) -> Verified:
-    one = structs.replace(plan, data=1, pipeline=1, virtual=1, schedule="1f1b", stages=(), blocks=())
+    one = structs.replace(plan, data=1, shard=1, pipeline=1, virtual=1, schedule="1f1b", stages=(), blocks=())
     alone = connect(one, rank=0, world=1, store=None)
-    expected, reference = _train(job, one, alone, prepared, len(losses), places=plan.data)
+    expected, reference = _train(job, one, alone, prepared, len(losses), places=plan.replicas)
     loss = _largest({f"step {i + 1}": (a, b) for i, (a, b) in enumerate(zip(losses, expected, strict=True))})
     gradients, parameters, buffers = (
-        _differences({name: t for name, t in reference.items() if name.startswith(kind)}, found)
+        _differences({name: t for name, t in reference.items() if name.startswith(kind)}, found, plan)
         for kind in ("gradient/", "parameter/", "buffer/")
     )
     return Verified(
@@ -85,7 +86,7 @@ def _compare(
         gradients=gradients,
         parameters=parameters,
         buffers=buffers,
-        cause=_cause(loss, gradients, parameters, buffers, reference, found),
+        cause=_cause(loss, gradients, parameters, buffers, reference, found, plan),
     )
 
 
@@ -124,7 +125,7 @@ def _keep(replica: Replica, kept: dict[str, Tensor]) -> None:
 def _shares(
     job: TrainJob, plan: Plan, mesh: Mesh, prepared: Prepared, steps: int, places: int
 ) -> Iterator[list[LocalStep]]:
-    axis = mesh.axis("data")
+    axis = mesh.axis("batch")
     own = [(place, places) for place in range(places)] or [(axis.rank, axis.size)]
     opened = [
         open_batches(
@@ -152,17 +153,34 @@ def _largest(pairs: Mapping[str, tuple[float, float]]) -> Difference:
     return _worst(errors)
 
 
-def _differences(reference: Mapping[str, Tensor], found: list[dict[str, Tensor]]) -> Difference:
+def _differences(reference: Mapping[str, Tensor], found: list[dict[str, Tensor]], plan: Plan) -> Difference:
     """Of every rank that has the tensor; one that no rank has is as wrong as can be."""
     largest = max((float(t.norm()) for t in reference.values()), default=0.0)
     errors = {}
     for name, expected in reference.items():
         scale = max(float(expected.norm()), FLOOR * largest) or 1.0
-        there = [float((rank[name] - expected).norm()) / scale for rank in found if name in rank]
+        there = [
+            float((rank[name] - _part(name, expected, rank[name], plan, number)).norm()) / scale
+            for number, rank in enumerate(found)
+            if name in rank
+        ]
         errors[name.partition("/")[2]] = max(there, default=math.inf)
     kind = next(iter(reference), "").partition("/")[0]
     more = {name for rank in found for name in rank if name.startswith(f"{kind}/")} - set(reference)
     return _worst(errors | dict.fromkeys((name.partition("/")[2] for name in sorted(more)), math.inf))
+
+
+def _part(name: str, expected: Tensor, found: Tensor, plan: Plan, rank: int) -> Tensor:
+    """What `rank` has of a tensor where that is not the whole: gradients lie like the optimizer's states."""
+    if found.shape == expected.shape:
+        return expected
+    kind, _, inner = name.partition("/")
+    called = f"model/{inner}" if kind == "parameter" else f"optimizer/{inner}/gradient"
+    part = expected.new_empty(found.shape)
+    held = boxes(called, tuple(expected.shape), plan, rank)
+    for box, at in zip(held, local_offsets(held), strict=True):
+        part[Box(at, box.shape).slices] = expected[box.slices]
+    return part
 
 
 def _worst(errors: Mapping[str, float]) -> Difference:
@@ -180,6 +198,7 @@ def _cause(
     buffers: Difference,
     reference: Mapping[str, Tensor],
     found: list[dict[str, Tensor]],
+    plan: Plan,
 ) -> str:
     """The likely cause in one sentence; empty where all is well."""
     if loss.first == "step 1":
@@ -191,7 +210,7 @@ def _cause(
     if gradients.first and f"gradient/{gradients.first}" not in reference:
         return f"'{gradients.first}' has a gradient, where one device leaves it without one."
     if gradients.first:
-        times = _factor(gradients.first, reference, found)
+        times = _factor(gradients.first, reference, found, plan)
         much = f": it is {times:.4g} times what it should be, so it was counted that often" if times else ""
         return f"the loss is the same, but the gradient of '{gradients.first}' is not{much}."
     if not any(name.startswith("gradient/") for name in reference):
@@ -204,11 +223,11 @@ def _cause(
     return ""
 
 
-def _factor(name: str, reference: Mapping[str, Tensor], found: list[dict[str, Tensor]]) -> float:
+def _factor(name: str, reference: Mapping[str, Tensor], found: list[dict[str, Tensor]], plan: Plan) -> float:
     """How many times its due a gradient is; 0 where that is not all."""
-    expected = reference[f"gradient/{name}"].flatten()
-    for rank in found:
+    for number, rank in enumerate(found):
         if (here := rank.get(f"gradient/{name}")) is not None:
+            expected = _part(f"gradient/{name}", reference[f"gradient/{name}"], here, plan, number).flatten()
             times = float(here.flatten() @ expected / (expected @ expected))
             if float((here.flatten() - times * expected).norm()) <= TOLERANCE * float(here.norm()):
                 return times
