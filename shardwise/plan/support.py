@@ -29,13 +29,11 @@ def refuse_unbuilt(plan: Plan) -> None:
     if plan.splits:
         raise _unbuilt("splits", "leave them out")
     _refuse_schedule(plan)
-    for axis in ("shard", "pipeline"):
+    for axis, called in (("shard", "a shard axis"), ("pipeline", "a pipeline")):
         if getattr(plan, axis) > 1:
             refuse_together(plan, axis, f"{axis}={getattr(plan, axis)}")
             if plan.exact:
-                raise _unbuilt(
-                    f"exact=true with {axis}={getattr(plan, axis)}", "use the data axis alone, or exact=false"
-                )
+                raise _unbuilt(f"exact=true with {called}", "use the data axis alone, or exact=false")
 
 
 def _refuse_schedule(plan: Plan) -> None:

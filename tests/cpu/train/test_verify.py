@@ -16,7 +16,17 @@ Train = Callable[..., Any]
 
 
 @pytest.mark.parametrize(
-    "plan", ["data=2", "data=2,exact=true", "pipeline=2", "data=8,pipeline=2", "pipeline=2,virtual=2,schedule=zbv"]
+    "plan",
+    [
+        "data=2",
+        "data=2,exact=true",
+        "pipeline=2",
+        "data=8,pipeline=2",
+        "pipeline=2,virtual=2,schedule=zbv",
+        "shard=2,zero=1",
+        "shard=2,zero=2,microbatches=2",
+        "data=2,shard=64,zero=3",
+    ],
 )
 def test_a_plan_computes_the_same(plan: str, trained: Train, tmp_path: Path) -> None:
     report = api.verify(tmp_path / "small.py", plan=plan, dropout=0.3)

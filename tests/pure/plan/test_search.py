@@ -94,7 +94,7 @@ def test_what_cannot_fit_is_refused_with_the_numbers() -> None:
         ("tensor=2", SpecError, "tensor=2, which this version cannot run yet"),
         ("pipeline=2", NoPlanFits, "can be cut into 0 at most"),
         ("pipeline=2,exact=true", SpecError, "exact=true with a pipeline"),
-        ("shard=2", SpecError, "data=2"),
+        ("context=2", SpecError, "data=2"),
         ("sync=local", SpecError, "sync=local"),
         ("recompute=full", SpecError, "recompute=full"),
         ("offload.optimizer=host", SpecError, "offload.optimizer=host"),
