@@ -124,8 +124,9 @@ def verify(
 ) -> verified.Verified:
     """Run a small copy of the job as the plan says and on one device, in float64, and compare.
 
-    The copy has the job's `small` parameters, if it names some, and a small batch. Raises SpecError for a plan that
-    changes the numbers by its nature, NoPlanFits for one that the small model cannot have.
+    The copy has the job's `small` parameters, if it names some, else fewer blocks and shorter texts; and a small batch.
+    Raises SpecError for a plan that changes the numbers by its nature, NoPlanFits for one that the small model cannot
+    have.
     """
     source, fixed = _source(job), parse_plan(plan or "")
     with closing(start.take()) as starter, tempfile.TemporaryDirectory(prefix="shardwise-") as scratch:

@@ -48,7 +48,7 @@ def probe(source: capture.JobSource, sets: Mapping[str, Any], *, cuts: bool = Fa
     if small and job.small:
         parameters = capture.bind(function, {**job.small, **sets})
         job = capture.build(function, parameters, folder=source.folder)
-    profile, data = look(job, folder=source.folder, cuts=cuts)
+    profile, data = look(job, folder=source.folder, cuts=cuts, small=small)
     return Probe(
         parameters=parameters,
         sources=capture.local_sources(source),
@@ -59,11 +59,16 @@ def probe(source: capture.JobSource, sets: Mapping[str, Any], *, cuts: bool = Fa
     )
 
 
-def look(job: TrainJob, *, folder: str = "", cuts: bool = False) -> tuple[ModelProfile, dict[str, Any]]:
+def look(
+    job: TrainJob, *, folder: str = "", cuts: bool = False, small: bool = False
+) -> tuple[ModelProfile, dict[str, Any]]:
     """Prepare the data (through its cache) and profile the model on one sample of it; (profile, facts of the data)."""
     from shardwise.train.data import prepare
+    from shardwise.train.small import shallow
 
     prepared = prepare(job)
+    if small and not job.small:
+        job = shallow(job, example_of(job, prepared, folder=folder))
     return profile_job(job, prepared, folder=folder, cuts=cuts), prepared.facts
 
 
@@ -71,11 +76,9 @@ def profile_job(job: TrainJob, prepared: Prepared, *, folder: str = "", cuts: bo
     """The profile of the job's model, run on one sample of its data."""
     from shardwise.models.cuts import profile_calls
     from shardwise.models.profile import profile
-    from shardwise.parallel.blame import user_code, where
+    from shardwise.parallel.blame import where
 
-    with user_code("data of the job", folder=folder):
-        train: Any = prepared.train
-        example = train.batch([0], [0]) if hasattr(train, "batch") else train.read([0], job.seed)[0]
+    example = example_of(job, prepared, folder=folder)
     try:
         found = profile(job.model, example, forward=job.forward)
         if cuts:
@@ -85,6 +88,15 @@ def profile_job(job: TrainJob, prepared: Prepared, *, folder: str = "", cuts: bo
     except JobError as error:
         place = where(error.__cause__, folder) if error.__cause__ else ""
         raise JobError(f"{error}" + (f" It failed{place}." if place else "")) from None
+
+
+def example_of(job: TrainJob, prepared: Prepared, *, folder: str = "") -> Any:
+    """A batch of one sample of the job's data."""
+    from shardwise.parallel.blame import user_code
+
+    with user_code("data of the job", folder=folder):
+        train: Any = prepared.train
+        return train.batch([0], [0]) if hasattr(train, "batch") else train.read([0], job.seed)[0]
 
 
 def facts(job: TrainJob) -> JobFacts:

@@ -30,6 +30,8 @@ class Verified(Struct, frozen=True, kw_only=True):
     steps: int
     losses: tuple[float, ...]
     expected: tuple[float, ...]
+    blocks: int  # in the longest list of alike blocks of what was run
+    outputs: Difference
     loss: Difference
     gradients: Difference
     parameters: Difference
@@ -44,7 +46,8 @@ class Verified(Struct, frozen=True, kw_only=True):
     def text(self) -> str:
         """Several lines for a terminal."""
         lines = [f"{self.ran} on {self.ranks} rank(s) against one, {self.steps} steps in float64 (asked: {self.asked})"]
-        for name in ("loss", "gradients", "parameters", "buffers"):
+        lines += [f"  a model of {self.blocks} blocks"] if self.blocks else []
+        for name in ("outputs", "loss", "gradients", "parameters", "buffers"):
             found: Difference = getattr(self, name)
             much = "is not a number" if found.error is None else f"at most {found.error:.1e}"
             lines.append(f"  {name:<10} relative error {much}" + (f" ({found.where})" if found.where else ""))

@@ -7,7 +7,8 @@ gradients and parameters are compared.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import torch
 from msgspec import structs
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from shardwise.comm.mesh import Mesh, connect
 from shardwise.comm.store import open_store
 from shardwise.data.loader import LocalStep, open_batches
 from shardwise.data.source import Prepared
+from shardwise.models.dataflow import leaves_of
 from shardwise.parallel.parallelize import Replica
 from shardwise.parallel.step import step
 from shardwise.spec import files
@@ -29,7 +32,9 @@ from shardwise.spec.plan import Plan
 from shardwise.train import capture, context
 from shardwise.train.data import prepare
 from shardwise.train.optimizers import Optimizers
+from shardwise.train.probe import example_of
 from shardwise.train.run import build_replica
+from shardwise.train.small import depth, shallow, shorter
 from shardwise.train.verified import TOLERANCE, Difference, Verified
 from shardwise.train.worker import JOIN_LIMIT_S, closing
 
@@ -43,6 +48,8 @@ def entry(*, rank: int, world: int, port: int, listen_fd: int | None, told: dict
     store = open_store(listen_fd, port, rank, world, JOIN_LIMIT_S) if world > 1 else None
     job = _job(told)
     prepared = prepare(job)
+    if not job.small:
+        job = shallow(job, example_of(job, prepared))
     folder, steps = Path(told["folder"]), int(told["steps"])
     mesh = connect(plan, rank=rank, world=world, store=store)
     with closing(mesh):
@@ -71,9 +78,9 @@ def _compare(
     alone = connect(one, rank=0, world=1, store=None)
     expected, reference = _train(job, one, alone, prepared, len(losses), places=plan.replicas)
     loss = _largest({f"step {i + 1}": (a, b) for i, (a, b) in enumerate(zip(losses, expected, strict=True))})
-    gradients, parameters, buffers = (
+    outputs, gradients, parameters, buffers = (
         _differences({name: t for name, t in reference.items() if name.startswith(kind)}, found, plan)
-        for kind in ("gradient/", "parameter/", "buffer/")
+        for kind in ("output/", "gradient/", "parameter/", "buffer/")
     )
     return Verified(
         asked=told["asked"],
@@ -82,11 +89,13 @@ def _compare(
         steps=len(losses),
         losses=tuple(losses),
         expected=tuple(expected),
+        blocks=depth(job.model()),
+        outputs=outputs,
         loss=loss,
         gradients=gradients,
         parameters=parameters,
         buffers=buffers,
-        cause=_cause(loss, gradients, parameters, buffers, reference, found, plan),
+        cause=_cause(outputs, loss, gradients, parameters, buffers, reference, found, plan),
     )
 
 
@@ -102,10 +111,13 @@ def _train(
     kept: dict[str, Tensor] = {}
     handles = [each.register_step_pre_hook(lambda *_: _keep(replica, kept)) for each in optimizers.optimizers]
     losses = []
+    watched = _Outputs(job.loss, kept, places=places, place=replica.axis.rank)
     for number, local in enumerate(_shares(job, plan, mesh, prepared, steps, places)):
         optimizers.schedule(number)
-        micro = [one for each in local for one in each.micro]
-        found = step(replica, optimizers.optimizers, micro, loss=job.loss, forward=job.forward, clip_norm=job.clip_norm)
+        first = number == 0 and job.coupled != "gather"  # there everybody's loss sees everything
+        watched.expect([len(each.micro) for each in local] if first else [])
+        micro = [replace(one, batch=shorter(one.batch)) for each in local for one in each.micro]
+        found = step(replica, optimizers.optimizers, micro, loss=watched, forward=job.forward, clip_norm=job.clip_norm)
         losses.append(found.loss)
     for handle in handles:
         handle.remove()
@@ -114,6 +126,30 @@ def _train(
     kept |= {f"buffer/{names[id(b)]}": b.detach().clone() for b in replica.buffers() if b.is_floating_point()}
     replica.close()
     return losses, kept
+
+
+class _Outputs:
+    """The job's loss, which keeps what the model gave for each microbatch of the first step."""
+
+    def __init__(self, loss: Callable[[Any, Any], Any], kept: dict[str, Tensor], *, places: int, place: int) -> None:
+        self._loss, self._kept = loss, kept
+        self._first = 0 if places else place
+        self._names: list[str] = []
+        self.__name__ = getattr(loss, "__name__", type(loss).__name__)
+
+    def expect(self, counts: Sequence[int]) -> None:
+        """The microbatches that come now, of one place on the data axis after the other."""
+        self._names = [
+            f"place {self._first + at} microbatch {i}" for at, count in enumerate(counts) for i in range(count)
+        ]
+
+    def __call__(self, output: Any, batch: Any) -> Any:
+        leaves = [leaf for leaf in leaves_of(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        watched = _get_current_dispatch_mode() is not None  # a run that only shows how values flow
+        if self._names and not watched and torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
+            name = self._names.pop(0)
+            self._kept |= {f"output/{name} leaf {i}": leaf.detach().clone() for i, leaf in enumerate(leaves)}
+        return self._loss(output, batch)
 
 
 def _keep(replica: Replica, kept: dict[str, Tensor]) -> None:
@@ -192,6 +228,7 @@ def _worst(errors: Mapping[str, float]) -> Difference:
 
 
 def _cause(
+    outputs: Difference,
     loss: Difference,
     gradients: Difference,
     parameters: Difference,
@@ -201,11 +238,11 @@ def _cause(
     plan: Plan,
 ) -> str:
     """The likely cause in one sentence; empty where all is well."""
-    if loss.first == "step 1":
+    if loss.first == "step 1" or outputs.first:
+        what = f"the output of {outputs.first}" if outputs.first else "the loss of the first step"
         return (
-            "the loss of the first step differs already, so the forward pass does: it depends on which samples share "
-            "a microbatch, on the rank, on chance of its own, or on something that a part leaves to others beside what "
-            "it returns."
+            f"{what} differs already, so the forward pass does: it depends on which samples share a microbatch, on the "
+            "rank, on chance of its own, or on something that a part leaves to others beside what it returns."
         )
     if gradients.first and f"gradient/{gradients.first}" not in reference:
         return f"'{gradients.first}' has a gradient, where one device leaves it without one."

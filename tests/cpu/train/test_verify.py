@@ -33,11 +33,12 @@ def test_a_plan_computes_the_same(plan: str, trained: Train, tmp_path: Path) -> 
     assert report.same, report.text()
     assert report.steps == 3
     assert report.ranks <= 4
-    errors = [report.gradients.error, report.parameters.error, report.loss.error]
+    errors = [report.outputs.error, report.gradients.error, report.parameters.error, report.loss.error]
     assert all(error is not None and error < 1e-9 for error in errors)
     assert report.losses == pytest.approx(report.expected, rel=1e-9)
     assert report.losses[0] != report.losses[1]
     assert report.gradients.where
+    assert report.outputs.where.startswith("place 0 microbatch 0")
 
 
 SECRET = """
@@ -60,7 +61,7 @@ class Layer(torch.nn.Linear):
         return out
 """
 FAULTS = {  # what rank 1 does that one process does not
-    "out = out * (1 + 0.1 * int(os.environ['RANK']))": "the loss of the first step differs already",
+    "out = out * (1 + 0.1 * int(os.environ['RANK']))": "the output of place 0 microbatch 0 leaf 0 differs already",
     "out.requires_grad and out.register_hook(lambda g: g * (1 + int(os.environ['RANK'])))": "times what it should be",
 }
 
@@ -107,3 +108,31 @@ def test_the_command_says_so_and_what_changes_the_numbers_is_refused(
     assert "pipeline=4" in api.verify(tmp_path / "small.py", plan="pipeline=64").text()
     with pytest.raises(SpecError, match="changes the numbers by its nature"):
         api.verify(tmp_path / "small.py", plan="data=2,sync=local,sync.every=2")
+
+
+DEEP = """
+class Net(torch.nn.Module):
+    def __init__(self, dropout):
+        super().__init__()
+        self.first = torch.nn.Linear(6, 16)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(12))
+        self.last = torch.nn.Linear(16, 3)
+
+    def forward(self, inputs):
+        x = self.first(inputs)
+        for layer in ORDER:
+            x = layer(x).tanh()
+        return self.last(x)
+"""
+
+
+@pytest.mark.parametrize(("order", "blocks"), [("self.layers", 4), ("(self.layers[i] for i in range(12))", 12)])
+def test_a_deep_model_is_verified_with_fewer_blocks(order: str, blocks: int, trained: Train, tmp_path: Path) -> None:
+    file = tmp_path / "small.py"
+    text = file.read_text()
+    deep = DEEP.replace("ORDER", order)
+    file.write_text(text[: text.index("class Net")] + deep + "\n\n" + text[text.index("def kill_once") :])
+    report = api.verify(file, plan="pipeline=2")
+    assert report.same, report.text()
+    assert report.blocks == blocks
+    assert f"a model of {blocks} blocks" in report.text()
