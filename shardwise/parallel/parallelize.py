@@ -301,12 +301,7 @@ def parallelize(
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
     if axis.group is not None:
         broadcast_all(_held(module, plan, mesh.rank), axis.group)
-    sync = None
-    if norms and batch_norm == "sync" and axis.size > 1:
-        second = mesh.second_group("batch")
-        assert second is not None
-        here = {name: norm for name, norm in norms.items() if holds(f"model/{name}.weight", plan, mesh.rank)}
-        sync = BatchNormSync(here, second, mesh.device)
+    sync = _synchronised(norms, plan, mesh) if batch_norm == "sync" and axis.size > 1 else None
     if pipelined is not None:
         pipelined.spread()
     units = gathered(module, kept(module, plan, mesh.rank), mesh) if not whole_at_rest(plan) else None
@@ -326,6 +321,16 @@ def parallelize(
         units=units,
         shapes=shapes,
     )
+
+
+def _synchronised(norms: dict[str, Any], plan: Plan, mesh: Mesh) -> BatchNormSync | None:
+    """Statistics over all replicas, of the batch norms that this rank has."""
+    if not norms:
+        return None
+    second = mesh.second_group("batch")
+    assert second is not None
+    here = {name: norm for name, norm in norms.items() if holds(f"model/{name}.weight", plan, mesh.rank)}
+    return BatchNormSync(here, second, mesh.device)
 
 
 def _pipelined(module: nn.Module, plan: Plan, mesh: Mesh) -> Pipelined:
