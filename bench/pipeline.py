@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -48,7 +49,10 @@ def run(options: Options) -> list[Row]:
 
 
 def bubbles(title: str, ranks: int, options: Options) -> list[Row]:
-    """Seconds of a step of sleeping blocks under each schedule, and of the same order with nothing to pay for."""
+    """Seconds of a step of sleeping blocks under each schedule, and of the same order with nothing to pay for.
+
+    A block is asked to sleep as long as all others; how long it takes is calibrated by one rank that has all of them.
+    """
     from bench.jobs.sleeping import BLOCK_S, BLOCKS, MICROBATCHES
     from bench.orders import Costs, makespan, orders
 
@@ -56,32 +60,37 @@ def bubbles(title: str, ranks: int, options: Options) -> list[Row]:
     names = options.chosen(list(SCHEDULES), ("1f1b",))
     say(f"{title}: {rounds} rounds of {STEPS} steps")
     folder = tempfile.TemporaryDirectory(prefix="bench-")
-    players = {name: _sleeping(name, ranks, folder.name) for name in names}
+    players = {name: _sleeping(name, ranks, folder.name) for name in (*names, BARE)}
     try:
         for name, player in players.items():
             say(f"  starting {name}")
             player.subject.start(START_S)
             player.turn(1, START_S)
-        outcomes = play(names, rounds, lambda name: players[name].turn(STEPS, STEP_S * (1 + STEPS)))
+        outcomes = play([*names, BARE], rounds, lambda name: players[name].turn(STEPS, STEP_S * (1 + STEPS)))
     finally:
         close_all(player.subject for player in players.values())
         folder.cleanup()
-    busy = 3 * BLOCKS * BLOCK_S * MICROBATCHES / ranks
-    rows = []
+    alone = outcomes.pop(BARE)
+    asked = 3 * BLOCKS * BLOCK_S * MICROBATCHES
+    took = statistics.median(alone.values or [asked]) / asked
+    rows = [row(title, BARE, "step_time", "s", "lower", alone.values, note=alone.note)]
     for name, outcome in outcomes.items():
         each = BLOCKS // (ranks * SCHEDULES[name]) * BLOCK_S
         costs = {stage: Costs(each, each, each) for stage in range(ranks * SCHEDULES[name])}
         least = makespan(orders(name, ranks, MICROBATCHES), costs)
         rows.append(row(title, name, "step_time", "s", "lower", outcome.values, note=outcome.note))
+        busy = took * asked / ranks
         rows.append(row(title, name, "bubble", "", "lower", [1 - busy / value for value in outcome.values]))
-        rows.append(row(title, name, "bubble_of_the_order", "", "lower", [1 - busy / least]))
-        within = [value / least for value in outcome.values]
-        rows.append(row(title, name, "ratio_to_the_order", "x", "lower", within, target=WITHIN))
+        rows.append(row(title, name, "bubble_of_the_order", "", "lower", [1 - asked / ranks / least]))
+        for order, seconds, target in (("order_as_asked", least, None), ("order", took * least, WITHIN)):
+            within = [value / seconds for value in outcome.values]
+            rows.append(row(title, name, f"ratio_to_the_{order}", "x", "lower", within, target=target))
     return rows
 
 
 def _sleeping(name: str, ranks: int, folder: str) -> Player:
     """Under torchrun, which starts more ranks than there are cores: these do not compute."""
+    ranks = 1 if name == BARE else ranks
     job = str(ROOT / "bench" / "jobs" / "sleeping.py")
     told = ["--on", "env", "--plan", _plan(name, ranks)]
     launcher = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--no-python"]
@@ -90,6 +99,8 @@ def _sleeping(name: str, ranks: int, folder: str) -> Player:
 
 
 def _plan(schedule: str, ranks: int) -> str:
+    if ranks == 1:
+        return f"data=1,microbatches={MICROBATCHES}"
     virtual = f",virtual={SCHEDULES[schedule]}" if SCHEDULES[schedule] > 1 else ""
     return f"data=1,pipeline={ranks},microbatches={MICROBATCHES},schedule={schedule}{virtual}"
 

@@ -156,7 +156,8 @@ def test_param_server(tmp_path: Path) -> None:
 def test_pipeline(tmp_path: Path) -> None:
     rows = quick("pipeline", tmp_path)
     assert rows["bubble on 2 ranks", "1f1b", "bubble_of_the_order"]["median"] == pytest.approx(1 / 9)
-    assert rows["bubble on 2 ranks", "1f1b", "ratio_to_the_order"]["median"] >= 1.0
+    assert rows["bubble on 2 ranks", "1f1b", "ratio_to_the_order_as_asked"]["median"] >= 1.0
+    assert 0.9 < rows["bubble on 2 ranks", "1f1b", "ratio_to_the_order"]["median"] < 1.5
     case = next(case for case, system, _ in rows if system == "torch:1f1b")
     ours, torchs = (rows[case, system, "step_time"] for system in ("shardwise:1f1b", "torch:1f1b"))
     assert ours["first_losses"] == pytest.approx(torchs["first_losses"], rel=1e-3), "the same work"
