@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 Shape = Any  # the counter hands formulas a torch.Size for each tensor
@@ -38,3 +41,37 @@ FORMULAS = {
     torch.ops.aten._grouped_mm: grouped_product_flops,
     torch.ops.aten.mkldnn_rnn_layer: recurrent_flops,
 }
+
+# What is dear to compute, so that selective recomputation keeps it.
+PRODUCTS = frozenset(
+    {
+        torch.ops.aten.mm,
+        torch.ops.aten.addmm,
+        torch.ops.aten.bmm,
+        torch.ops.aten.baddbmm,
+        torch.ops.aten.linear,
+        torch.ops.aten.convolution,
+        torch.ops.aten._scaled_mm,
+        torch.ops.aten._grouped_mm,
+        torch.ops.aten.mkldnn_rnn_layer,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+        torch.ops.aten._scaled_dot_product_flash_attention,
+        torch.ops.aten._scaled_dot_product_efficient_attention,
+        torch.ops.aten._scaled_dot_product_cudnn_attention,
+    }
+)
+
+
+class ProductBytes(TorchDispatchMode):
+    """Hands `count` the bytes of the outputs of every operator of `PRODUCTS`."""
+
+    def __init__(self, count: Callable[[int], None]) -> None:
+        super().__init__()
+        self._count = count
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = operator(*args, **(kwargs or {}))
+        if operator.overloadpacket in PRODUCTS:
+            outputs = found if isinstance(found, tuple) else (found,)
+            self._count(sum(tensor.nbytes for tensor in outputs if isinstance(tensor, Tensor)))
+        return found

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from shardwise.errors import JobError, ShardwiseError
 from shardwise.models.blocks import find_blocks, linears, owner, tied_groups
-from shardwise.models.flops import flop_counter
+from shardwise.models.flops import ProductBytes, flop_counter
 from shardwise.models.inputs import call
 from shardwise.spec.profile import BlockProfile, ModelProfile
 
@@ -114,6 +114,7 @@ class Measurement:
         self.place: tuple[str, bool] = (BEFORE, False)
         self.flops: dict[tuple[str, bool], int] = defaultdict(int)
         self.saved: dict[tuple[str, bool], int] = defaultdict(int)
+        self.products: dict[tuple[str, bool], int] = defaultdict(int)
         self.left: dict[str, int] = {}
         self.first_seen: dict[str, tuple[str, bool]] = {}
         self.kept: dict[int, Tensor] = {}  # by storage; holding the tensor keeps its storage's number from being reused
@@ -130,6 +131,7 @@ class Measurement:
                 stack.callback(handle.remove)
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._keeper(fixed), lambda tensor: tensor))
             stack.enter_context(self.counter)
+            stack.enter_context(ProductBytes(self._count_product))
             output = call(module, batch, self.forward)
             if self.loss is not None:
                 self.loss(output, batch)
@@ -141,6 +143,9 @@ class Measurement:
         total = self.counter.get_total_flops()
         self.flops[self.place] += total - self.counted_flops
         self.counted_flops, self.place = total, place
+
+    def _count_product(self, size: int) -> None:
+        self.products[self.place] += size
 
     def _keeper(self, fixed: set[int]) -> Callable[[Tensor], Tensor]:
         def keep(tensor: Tensor) -> Tensor:
@@ -190,7 +195,7 @@ class Measurement:
                 sums[segment(place)] += count
             return sums
 
-        flops, saved = gathered(self.flops), gathered(self.saved)
+        flops, saved, products = gathered(self.flops), gathered(self.saved), gathered(self.products)
         parameters, parameter_bytes = dict.fromkeys(order, 0), dict.fromkeys(order, 0)
         for name, parameter in module.named_parameters():
             holder = owner(name, blocks) or segment(self._place_of(name))
@@ -205,6 +210,7 @@ class Measurement:
                 forward_flops=flops[name] / samples,
                 activation_bytes=round(saved[name] / samples),
                 boundary_bytes=round(self.left.get(name, 0) / samples),
+                product_bytes=round(products[name] / samples),
                 linears=tuple(inside[name]),
             )
             for name in order

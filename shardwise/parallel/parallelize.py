@@ -6,7 +6,7 @@ import contextlib
 import functools
 import hashlib
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -21,6 +21,7 @@ from shardwise.parallel.batchnorm import BatchNormSync, batch_norms
 from shardwise.parallel.coupling import UNKNOWN, agree
 from shardwise.parallel.exact import ShardBuffers
 from shardwise.parallel.precision import Formats, LossScaler
+from shardwise.parallel.recompute import Recomputed, refuse_recompute
 from shardwise.parallel.reducer import Reducer
 from shardwise.parallel.scatter import Scatter
 from shardwise.parallel.sharded import gathered, whole_at_rest
@@ -58,6 +59,7 @@ class Replica:
         pipelined: Pipelined | None = None,
         units: Units | None = None,
         shapes: dict[str, tuple[int, ...]] | None = None,
+        recomputed: Recomputed | None = None,
     ) -> None:
         self.module = module
         self.plan = plan
@@ -73,6 +75,7 @@ class Replica:
         self._norms = norms
         self.units = units
         self.shapes = shapes or {}
+        self._recomputed = recomputed
         self.pipelined = pipelined
         if pipelined is not None:
             pipelined.attach(self)
@@ -108,9 +111,14 @@ class Replica:
         if self.pipelined is not None:
             self.pipelined.gather()
 
-    def quiet(self) -> contextlib.AbstractContextManager[None]:
-        """Around a forward that no other rank takes part in."""
-        return self._norms.paused() if self._norms is not None else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Around a forward that no other rank takes part in, of the module as it was."""
+        with contextlib.ExitStack() as stack:
+            for part in (self._recomputed, self._norms):
+                if part is not None:
+                    stack.enter_context(part.paused())
+            yield
 
     @property
     def reducer(self) -> Reducer | Scatter | Alone:
@@ -261,6 +269,8 @@ class Replica:
             self.pipelined.close()
         if self.units is not None:
             self.units.unwrap()
+        if self._recomputed is not None:
+            self._recomputed.close()
         if self._norms is not None:
             self._norms.close()
         if self._watch is not None:
@@ -302,6 +312,8 @@ def parallelize(
     if axis.group is not None:
         broadcast_all(_held(module, plan, mesh.rank), axis.group)
     sync = _synchronised(norms, plan, mesh) if batch_norm == "sync" and axis.size > 1 else None
+    refuse_recompute(module, plan, synced_norms=sync is not None, compile=compile)
+    recomputed = Recomputed(module, plan) if plan.recompute.mode != "none" else None
     if pipelined is not None:
         pipelined.spread()
     units = gathered(module, kept(module, plan, mesh.rank), mesh) if not whole_at_rest(plan) else None
@@ -320,6 +332,7 @@ def parallelize(
         pipelined=pipelined,
         units=units,
         shapes=shapes,
+        recomputed=recomputed,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from shardwise.plan.formats import kept_bytes, largest_block, optimizer_bytes, parameter_width, repeated
 from shardwise.plan.pipelined import pipeline_bytes
 from shardwise.spec.job import JobFacts
 from shardwise.spec.plan import Plan
@@ -20,11 +21,12 @@ def memory_parts(profile: ModelProfile, plan: Plan, job: JobFacts, *, on_cpu: bo
     if plan.exact:
         samples = -(-job.global_batch // job.logical_shards)
     width = 0.5 if plan.precision in ("bfloat16", "float16") else 1.0
+    size = int(profile.parameter_bytes * parameter_width(plan))
     parts = {
-        "parameters": profile.parameter_bytes,
-        "gradients": profile.parameter_bytes,
-        "optimizer": profile.parameters * job.state_bytes_per_parameter,
-        "activations": int(profile.activation_bytes * samples * width),
+        "parameters": size,
+        "gradients": size,
+        "optimizer": optimizer_bytes(plan, profile.parameters, largest_block(profile), job.state_bytes_per_parameter),
+        "activations": int(_activations(profile, plan) * samples * width),
     }
     if plan.stages:
         parts = pipeline_bytes(profile, plan, job)
@@ -47,3 +49,16 @@ def _shard(parts: dict[str, int], plan: Plan, largest: int) -> None:
             parts[part] = -(-parts[part] // plan.shard)
     if plan.shard > 1 and plan.zero > 1:
         parts["gathered blocks"] = (2 if plan.zero == 3 else 1) * largest
+
+
+def _activations(profile: ModelProfile, plan: Plan) -> int:
+    """Bytes of one sample: what the blocks keep, and what the fullest of those that keep less has while it runs again
+    in backward."""
+    entering = [0, *(block.boundary_bytes for block in profile.blocks)]
+    numbers = {block.name: number for number, block in enumerate(repeated(profile))}
+    kept, again = 0, 0
+    for place, block in enumerate(profile.blocks):
+        here = kept_bytes(plan, numbers.get(block.name), block, entering[place])
+        again = max(again, block.activation_bytes - here)
+        kept += here
+    return kept + again

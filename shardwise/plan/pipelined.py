@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from shardwise.plan.formats import kept_bytes, optimizer_bytes, parameter_width, repeated
 from shardwise.plan.stages import Chain, Seconds, chain
 from shardwise.spec.job import JobFacts
 from shardwise.spec.layout import stage_rank
@@ -44,7 +45,7 @@ def stage_seconds(
     calls, samples = chain(profile), micro_samples(plan, job)
 
     def seconds(stage: int, first: int, last: int) -> float:
-        if room and sum(_bytes(calls, plan, job, stage, first, last).values()) > room:
+        if room and sum(_bytes(profile, calls, plan, job, stage, first, last).values()) > room:
             return math.inf
         work = (1 + BACKWARD) * calls.forward_flops(first, last) * samples / rate
         return work + calls.crossing_bytes(first, last) * samples / bandwidth
@@ -70,20 +71,40 @@ def pipeline_bytes(profile: ModelProfile, plan: Plan, job: JobFacts) -> dict[str
     ranks: list[dict[str, int]] = [{} for _ in range(plan.pipeline)]
     for number, stage in enumerate(plan.stages):
         here = ranks[stage_rank(number, plan)]
-        for part, size in _bytes(calls, plan, job, number, stage.first, stage.last).items():
+        for part, size in _bytes(profile, calls, plan, job, number, stage.first, stage.last).items():
             here[part] = here.get(part, 0) + size
     return max(ranks, key=lambda parts: sum(parts.values()))
 
 
-def _bytes(calls: Chain, plan: Plan, job: JobFacts, stage: int, first: int, last: int) -> dict[str, int]:
+def _bytes(
+    profile: ModelProfile, calls: Chain, plan: Plan, job: JobFacts, stage: int, first: int, last: int
+) -> dict[str, int]:
     count, size = calls.parameters(first, last)
     samples = micro_samples(plan, job)
     width = 0.5 if plan.precision in ("bfloat16", "float16") else 1.0
-    kept = calls.activation_bytes(first, last) * in_flight(plan, stage)
+    kept, again = _activations(profile, calls, plan, first, last)
+    kept = kept * in_flight(plan, stage) + again
     arriving = calls.arriving_bytes(first) * plan.microbatches  # each microbatch has a place to arrive at
+    size = int(size * parameter_width(plan))
+    largest = max(one.parameters for one in calls.calls[first : last + 1])
     return {
         "parameters": size,
         "gradients": size,
-        "optimizer": count * job.state_bytes_per_parameter,
+        "optimizer": optimizer_bytes(plan, count, largest, job.state_bytes_per_parameter),
         "activations": int((kept + arriving) * samples * width),
     }
+
+
+def _activations(profile: ModelProfile, calls: Chain, plan: Plan, first: int, last: int) -> tuple[int, int]:
+    """Bytes that one sample leaves after the forward pass of these calls, and those of the fullest one that runs again
+    in backward."""
+    if plan.recompute.mode == "none" and plan.offload.activations == "none":
+        return calls.activation_bytes(first, last), 0
+    blocks = {block.name: (number, block) for number, block in enumerate(repeated(profile))}
+    kept, again = 0, 0
+    for one in calls.calls[first : last + 1]:
+        number, block = blocks.get(one.name, (None, None))
+        here = one.activation_bytes if block is None else kept_bytes(plan, number, block, one.crossing_bytes)
+        here = 0 if plan.offload.activations != "none" else here
+        kept, again = kept + here, max(again, one.activation_bytes - here)
+    return kept, again

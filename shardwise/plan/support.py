@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from shardwise.errors import NoPlanFits, SpecError, did_you_mean
+from shardwise.plan.formats import refuse_formats, refuse_host, refuse_other_numbers
 from shardwise.plan.synchronisations import refuse_together, refuse_unallowed, refuse_unshown
 from shardwise.spec.cluster import Cluster
 from shardwise.spec.job import JobFacts
@@ -21,11 +22,7 @@ def refuse_unbuilt(plan: Plan) -> None:
         if axis not in BUILT_AXES and getattr(plan, axis) > 1:
             raise _unbuilt(f"{axis}={getattr(plan, axis)}", f"use the data axis instead, such as data={plan.ranks}")
     refuse_unshown(plan)
-    if plan.recompute.mode != "none":
-        raise _unbuilt(f"recompute={plan.recompute.mode}", "use recompute=none and more microbatches")
-    for name in ("optimizer", "activations"):
-        if getattr(plan.offload, name) != "none":
-            raise _unbuilt(f"offload.{name}={getattr(plan.offload, name)}", f"leave offload.{name} out")
+    refuse_formats(plan)
     if plan.splits:
         raise _unbuilt("splits", "leave them out")
     _refuse_schedule(plan)
@@ -55,7 +52,9 @@ def _refuse_schedule(plan: Plan) -> None:
 
 
 def refuse_places(plan: Plan, cluster: Cluster) -> None:
-    """Raise NoPlanFits when `plan` has more ranks than the cluster has places for."""
+    """Raise NoPlanFits when `plan` has more ranks than the cluster has places for, SpecError for a place in memory that
+    its devices do not have."""
+    refuse_host(plan, cluster.devices[0].kind)
     places = sum(max(len(node.devices), node.cores if _on_cpu(node.devices) else 0) for node in cluster.nodes)
     if plan.ranks > places:
         kind = cluster.devices[0].kind
@@ -78,6 +77,7 @@ def refuse_misfit(plan: Plan, job: JobFacts) -> None:
             f"the plan's precision={plan.precision} changes the numbers and the job does not allow it. "
             f"Add '{plan.precision}' to the job's allow, or set its precision."
         )
+    refuse_other_numbers(plan, job.allow)
     refuse_unallowed(plan, job.allow)
 
 

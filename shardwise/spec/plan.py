@@ -12,6 +12,7 @@ from shardwise.spec.sync import Sync
 
 AXES = ("pipeline", "data", "shard", "tensor", "context", "expert")  # outermost first: neighbours share the last ones
 Precision = Literal["float32", "bfloat16", "float16", "float64"]
+HEADS = {"sync": "word", "recompute": "mode"}  # the field of a group that a plan string gives by the group's own name
 
 
 class Split(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -36,14 +37,19 @@ class Stage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Recompute(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which activations are computed again in backward instead of kept."""
+    """Which activations are computed again in backward instead of kept (Chen et al. 2016, section 4.1).
+
+    `full`: all that is inside the module's repeated blocks; `blocks`: inside those with these numbers; `selective`:
+    what is cheap to compute, so that the outputs of matrix products, convolutions and attention are kept.
+    """
 
     mode: Literal["none", "selective", "full", "blocks"] = "none"
     blocks: tuple[int, ...] = ()
 
 
 class Offload(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What lives in host memory or on disk instead of on the device."""
+    """What lives in host memory or on disk instead of on the device: the optimizer's states (and float32 masters of
+    bfloat16 parameters), and the activations that wait for backward."""
 
     optimizer: Literal["none", "host", "disk"] = "none"
     activations: Literal["none", "host", "disk"] = "none"
@@ -76,6 +82,9 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     microbatches: int = 1
     virtual: int = 1
     precision: Precision = "float32"
+    parameters: Literal["float32", "bfloat16"] = "float32"  # what a step computes with; float32: as they are built
+    master: Literal["float32", "none"] = "float32"  # what the optimizer updates; none: rounded by chance to bfloat16
+    states: Literal["float32", "bfloat16", "int8"] = "float32"  # what the optimizer remembers between steps
     recompute: Recompute = Recompute()
     offload: Offload = Offload()
     sync: Sync = Sync()
@@ -88,6 +97,10 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 raise SpecError(f"{name}={getattr(self, name)} in the plan: it must be at least 1.")
         if self.zero not in (1, 2, 3):
             raise SpecError(f"zero={self.zero} in the plan: it must be 1, 2 or 3 (what the shard axis shards).")
+        if self.recompute.blocks and self.recompute.mode != "blocks":
+            raise SpecError(
+                f"recompute.blocks in the plan is for recompute=blocks, not for recompute={self.recompute.mode}."
+            )
         if self.stages and len(self.stages) != self.pipeline * self.virtual:
             raise SpecError(
                 f"the plan has {len(self.stages)} stages but pipeline x virtual is {self.pipeline * self.virtual}."
@@ -122,7 +135,7 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             if name in ("predicted", "splits", "stages", "blocks"):
                 continue
             if isinstance(value, Struct):
-                head = {"sync": "word", "recompute": "mode"}.get(name, "")
+                head = HEADS.get(name, "")
                 words += [f"{name}={v}" if k == head else f"{name}.{k}={_text(v)}" for k, v in _changed(value)]
             else:
                 words.append(f"{name}={_text(value)}")
@@ -147,14 +160,23 @@ def parse_plan(text: str) -> dict[str, Any]:
             raise SpecError(
                 f"unknown field '{outer}' in the plan '{text}'{did_you_mean(outer, Plan.__struct_fields__)}"
             )
-        inner = inner or {"sync": "word", "recompute": "mode"}.get(outer, "")
+        inner = inner or HEADS.get(outer, "")
         place = fixed.setdefault(outer, {}) if inner else fixed
         key = inner or outer
         if key in place:
             raise SpecError(f"the plan '{text}' gives '{name}' twice. Keep one of them.")
-        place[key] = {"true": True, "false": False}.get(value.lower(), value)
+        place[key] = _value(name, value, text)
     build_plan(fixed)
     return fixed
+
+
+def _value(name: str, value: str, text: str) -> Any:
+    if name == "recompute.blocks":
+        numbers = value.split("+")
+        if not all(number.isdecimal() for number in numbers):
+            raise SpecError(f"recompute.blocks={value} in the plan '{text}': give numbers of blocks, such as 0+2+5.")
+        return [int(number) for number in numbers]
+    return {"true": True, "false": False}.get(value.lower(), value)
 
 
 def build_plan(fixed: dict[str, Any]) -> Plan:
@@ -174,4 +196,6 @@ def _changed(value: Struct) -> list[tuple[str, Any]]:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "+".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)

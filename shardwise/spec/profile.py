@@ -15,7 +15,10 @@ class LinearProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class BlockProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One block. FLOPs of the forward pass; bytes saved for backward; bytes that leave it, each for one sample."""
+    """One block. FLOPs of the forward pass; bytes saved for backward; bytes that leave it, each for one sample.
+
+    `product_bytes` of what is saved are outputs of matrix products, convolutions and attention.
+    """
 
     name: str
     parameters: int
@@ -23,6 +26,7 @@ class BlockProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     forward_flops: float
     activation_bytes: int
     boundary_bytes: int
+    product_bytes: int = 0
     linears: tuple[LinearProfile, ...] = ()
 
 
