@@ -19,7 +19,7 @@ from shardwise.checkpoint.load import (
     verify,
 )
 from shardwise.checkpoint.manifest import DamagedCheckpoint, Manifest, committed, read
-from shardwise.checkpoint.state import OptimizerLoad, install_extra_state, module_tensors
+from shardwise.checkpoint.state import Empty, OptimizerLoad, install_extra_state, module_tensors
 from shardwise.checkpoint.store import Store
 from shardwise.spec.plan import Plan
 
@@ -62,18 +62,20 @@ def resume(
     rank: int,
     agree: Callable[[bool], bool] = lambda whole: whole,
     extra: Mapping[str, torch.Tensor] | None = None,
+    empty: Empty | None = None,
 ) -> Resumed | None:
     """`restore` the newest checkpoint that is whole for every rank; None when the store has no checkpoint.
 
     All ranks call it together; `agree` returns whether all of them passed True (a minimum over the ranks), so that
-    all take the same checkpoint. Each newer one that is passed over is an event `checkpoint_damaged`. Raises
+    all take the same checkpoint. `empty` makes optimizer states that are as large as a parameter.
+    Each newer one that is passed over is an event `checkpoint_damaged`. Raises
     CheckpointError when there are some and none is whole, or when one is of another model.
     """
     found = committed(store)
     for folder in found:
         damage = ""
         try:
-            attempt = _Restore(store, read(store, folder), module, optimizers, plan, rank, extra or {})
+            attempt = _Restore(store, read(store, folder), module, optimizers, plan, rank, extra or {}, empty)
             attempt.check()
         except DamagedCheckpoint as error:
             damage = str(error)
@@ -97,9 +99,10 @@ class _Restore:
         plan: Plan,
         rank: int,
         extra: Mapping[str, torch.Tensor],
+        empty: Empty | None = None,
     ) -> None:
         self.store, self.manifest, self.module, self.optimizers = store, manifest, module, optimizers
-        self.plan, self.rank, self.extra = plan, rank, extra
+        self.plan, self.rank, self.extra, self.empty = plan, rank, extra, empty
         self._scalars: dict[str, Any] = {}
         self._wanted: dict[str, torch.Tensor] = {}
         self._state: OptimizerLoad | None = None
@@ -112,7 +115,13 @@ class _Restore:
         compare(self.store, self.manifest, self._wanted, self.plan, self.rank)
         if self.optimizers:
             self._state = OptimizerLoad(
-                self.optimizers, self.module, self._scalars.get("optimizers"), self.manifest, self.plan, self.rank
+                self.optimizers,
+                self.module,
+                self._scalars.get("optimizers"),
+                self.manifest,
+                self.plan,
+                self.rank,
+                self.empty,
             )
             self._wanted |= self._state.tensors
             compare(self.store, self.manifest, self._wanted, self.plan, self.rank)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -17,6 +17,7 @@ from shardwise.errors import CheckpointError
 from shardwise.spec.layout import holds, local_shape, stage_rank, stages_with
 from shardwise.spec.plan import Plan
 
+Empty = Callable[[nn.Parameter, torch.dtype], torch.Tensor]
 _HOW = ("foreach", "fused", "capturable", "differentiable")  # how an optimizer computes here, not what
 
 
@@ -129,7 +130,8 @@ class OptimizerLoad:
     """Saved optimizer state on its way into optimizers: fill `tensors` (empty ones by name), then `install`.
 
     `described` is the scalar `optimizers` of the checkpoint. Raises CheckpointError when the optimizers are not those
-    that were saved: another number or class, or other parameters in their groups.
+    that were saved: another number or class, or other parameters in their groups. `empty` makes the tensors that are
+    as large as a parameter.
     """
 
     def __init__(
@@ -140,9 +142,11 @@ class OptimizerLoad:
         manifest: Manifest,
         plan: Plan,
         rank: int,
+        empty: Empty | None = None,
     ) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
         self._optimizers, self._manifest, self._plan, self._rank = optimizers, manifest, plan, rank
+        self._new = empty or _empty_like
         self._described = _read_described(described, manifest)
         names = {id(p): _clean(name) for name, p in module.named_parameters()}
         _check_same(optimizers, self._described, names)
@@ -188,10 +192,14 @@ class OptimizerLoad:
         dtype = dtype_of(entry.dtype)
         shape = local_shape(name, entry.shape, self._plan, self._rank)
         if shape == tuple(p.shape):
-            return torch.empty_like(p, dtype=dtype, requires_grad=False)
+            return self._new(p, dtype)
         # torch keeps a step count on the CPU unless the optimizer runs in one kernel or graph
         on_cpu = key == "step" and not (group.get("fused") or group.get("capturable"))
         return torch.empty(shape, dtype=dtype, device="cpu" if on_cpu else p.device)
+
+
+def _empty_like(parameter: nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
 
 
 def install_extra_state(module: nn.Module, extra: Mapping[str, Any]) -> None:

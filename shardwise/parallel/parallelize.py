@@ -7,6 +7,7 @@ import functools
 import hashlib
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -28,7 +29,9 @@ from shardwise.parallel.sharded import gathered, whole_at_rest
 from shardwise.parallel.statistics import Totals
 from shardwise.parallel.ties import kept
 from shardwise.parallel.units import Units
+from shardwise.parallel.updates import updates
 from shardwise.parallel.words import synchroniser
+from shardwise.plan.formats import refuse_host
 from shardwise.plan.support import refuse_unbuilt
 from shardwise.plan.synchronisations import refuse_together
 from shardwise.spec.layout import holds
@@ -60,6 +63,7 @@ class Replica:
         units: Units | None = None,
         shapes: dict[str, tuple[int, ...]] | None = None,
         recomputed: Recomputed | None = None,
+        scratch: str | Path | None = None,
     ) -> None:
         self.module = module
         self.plan = plan
@@ -80,9 +84,11 @@ class Replica:
         if pipelined is not None:
             pipelined.attach(self)
         self._buffers = ShardBuffers(module, self.axis) if shards else None
+        self.updates = updates(module, self.named(), plan, scratch)
         self.synchroniser = synchroniser(
             self.named, mesh, plan.sync, shards=shards, allow=allow, tables=_sparse_embeddings(module), units=units
         )
+        self.synchroniser.updates = self.updates
         self._watch: Any = None
 
     def named(self) -> list[tuple[str, nn.Parameter]]:
@@ -222,7 +228,7 @@ class Replica:
 
     def state(self) -> dict[str, float | int]:
         """JSON scalars that a checkpoint must keep for the next step to be the same."""
-        found: dict[str, float | int] = {"guess": self.guess}
+        found: dict[str, float | int] = {"guess": self.guess, **self.updates.state()}
         if self.scaler is not None:
             found |= {"loss_scale": self.scaler.scale, "good_steps": self.scaler.good_steps}
         return found
@@ -231,6 +237,7 @@ class Replica:
         """Take over what `state` returned, on whatever number of ranks."""
         self.guess = float(state.get("guess", self.guess))
         self._guessed = "guess" in state
+        self.updates.load_state(state)
         if self.scaler is not None and "loss_scale" in state:
             self.scaler.scale, self.scaler.good_steps = float(state["loss_scale"]), int(state["good_steps"])
 
@@ -265,6 +272,7 @@ class Replica:
     def close(self) -> None:
         """Leave the module as an ordinary one: no hooks, batch norms as they were, gradients None."""
         self.synchroniser.close()
+        self.updates.close()
         if self.pipelined is not None:
             self.pipelined.close()
         if self.units is not None:
@@ -287,15 +295,17 @@ def parallelize(
     compile: bool = False,
     logical_shards: int = 4,
     allow: Sequence[str] = (),
+    scratch: str | Path | None = None,
 ) -> Replica:
     """Make `module` a replica on this rank: moved to the mesh's device, with the first replica's values, in place.
     With a pipeline it has the parameters of this rank's stages alone. Collective.
 
     `logical_shards` is the number of shards of the global batch in exact mode; `allow` names the words
-    that `sync=auto` may choose. Raises SpecError for what the plan asks
-    and this version cannot do, JobError when the ranks built different modules.
+    that `sync=auto` may choose; `scratch` is a folder on the disk that `offload` may use. Raises
+    SpecError for what the plan asks and this version cannot do, JobError when the ranks built different modules.
     """
     refuse_unbuilt(plan)
+    refuse_host(plan, mesh.device.type)
     norms = batch_norms(module)
     _refuse_combinations(plan, list(norms), batch_norm, coupled, compile=compile)
     if plan.pipeline > 1:
@@ -333,6 +343,7 @@ def parallelize(
         units=units,
         shapes=shapes,
         recomputed=recomputed,
+        scratch=scratch,
     )
 
 

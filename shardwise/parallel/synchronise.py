@@ -15,6 +15,7 @@ from shardwise.parallel.alone import Alone
 from shardwise.parallel.reducer import Named, Reducer
 from shardwise.parallel.scatter import Scatter
 from shardwise.parallel.statistics import Totals
+from shardwise.parallel.updates import Updates
 from shardwise.plan.buckets import usual_bucket_bytes
 from shardwise.spec.sync import Sync
 
@@ -60,6 +61,7 @@ class Synchroniser:
         exchange: Exchange | None = None,
     ) -> None:
         self._exchange = exchange
+        self.updates = Updates()  # how the parameters of this rank follow their gradients
         self._reducer: Reducer | Alone = Alone(named)
         if axis.size > 1 or shards:
             size = sync.bucket_bytes or chosen_bucket_bytes(named(), axis)
@@ -93,8 +95,7 @@ class Synchroniser:
         """Update the parameters (unless `skipped`) and agree; the seconds waited for other ranks. Every rank calls it
         for every step."""
         if not skipped:
-            for optimizer in optimizers:
-                optimizer.step()
+            self.updates.step(optimizers)
         return 0.0
 
     def observe(self, times: StepTimes, loss: float) -> None:

@@ -32,13 +32,11 @@ def refuse_formats(plan: Plan) -> None:
         )
     if plan.states != "float32" and plan.precision == "float64":
         raise SpecError(f"states={plan.states} does not go with precision=float64. Leave one of them out.")
-    if plan.offload.activations != "none":
-        raise SpecError("offload.activations in the plan cannot run yet. Leave it out.")
-    if not updates_in_pieces(plan):
-        return
-    if plan:
-        raise SpecError(f"{_said(plan)} in the plan cannot run yet. Leave it out.")
-    said = _said(plan)
+    if updates_in_pieces(plan):
+        _refuse_with_pieces(plan, _said(plan))
+
+
+def _refuse_with_pieces(plan: Plan, said: str) -> None:
     if plan.sync.word != "all_reduce":
         raise SpecError(
             f"{said} does not go with {name(plan.sync.word, plan.sync.method)}: nothing has shown that they work "

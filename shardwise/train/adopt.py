@@ -16,6 +16,7 @@ from shardwise.comm.mesh import Mesh
 from shardwise.data.order import rank_slice
 from shardwise.errors import JobError, SpecError
 from shardwise.parallel.parallelize import parallelize
+from shardwise.plan.formats import updates_in_pieces
 from shardwise.plan.synchronisations import refuse_together
 from shardwise.train.context import agree
 
@@ -37,6 +38,11 @@ class Adopted:
                 "sw.session(model=...) for them."
             )
         refuse_together(plan, "own_loop", "run.prepare")
+        if updates_in_pieces(plan) or plan.offload.activations != "none":
+            raise SpecError(
+                f"run.prepare leaves backward and the optimizer to the script, so it cannot obey states, parameters or "
+                f"offload of the plan {plan}. Leave them out, or use sw.session(model=...)."
+            )
         self.mesh = mesh
         self.share = 1.0
         self.replica = parallelize(module, mesh.plan, mesh)

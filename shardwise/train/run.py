@@ -6,6 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Sized
+from pathlib import Path
 
 from msgspec import structs
 
@@ -39,7 +40,7 @@ class Trainer:
         self.mesh = mesh
         self.prepared = prepared
         self.saver = saver
-        self.replica = build_replica(job, plan, mesh)
+        self.replica = build_replica(job, plan, mesh, scratch=saver.scratch)
         self.optimizers = Optimizers(self.replica.module, job)
         self.state = saver.resume(self.replica, self.optimizers)
         ahead = PREFETCH * plan.microbatches + job.workers
@@ -225,8 +226,8 @@ def cut_here(job: TrainJob, plan: Plan, prepared: Prepared) -> Plan:
     return with_stages(plan, profile, lambda stage, first, last: calls.forward_flops(first, last))
 
 
-def build_replica(job: TrainJob, plan: Plan, mesh: Mesh) -> Replica:
-    """The job's module, the same on every rank, obeying the plan."""
+def build_replica(job: TrainJob, plan: Plan, mesh: Mesh, *, scratch: Path | None = None) -> Replica:
+    """The job's module, the same on every rank, obeying the plan; `scratch` is a folder for what is offloaded."""
     import torch
 
     torch.manual_seed(job.seed)
@@ -241,6 +242,7 @@ def build_replica(job: TrainJob, plan: Plan, mesh: Mesh) -> Replica:
         compile=job.compile,
         logical_shards=job.logical_shards,
         allow=job.allow,
+        scratch=scratch,
     )
 
 

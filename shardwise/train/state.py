@@ -53,21 +53,26 @@ class Saver:
             place = place.with_name(f"{place.name}-{number}")
         self.store: Store = LocalStore(place) if place else MemoryStore()
         self.kept = folder is not None
+        self.scratch = folder.path if folder else None
         self.mesh = mesh
         self.job = job
 
     def resume(self, replica: Replica, optimizers: Optimizers) -> State:
         """The newest whole checkpoint, put into the replica and the optimizers; a fresh State when there is none."""
-        found = resume(
-            self.store,
-            replica.module,
-            optimizers.optimizers,
-            plan=self.mesh.plan,
-            rank=self.mesh.rank,
-            agree=self._all,
-        )
+        with replica.updates.shown(optimizers.optimizers):
+            found = resume(
+                self.store,
+                replica.module,
+                optimizers.optimizers,
+                plan=self.mesh.plan,
+                rank=self.mesh.rank,
+                agree=self._all,
+                empty=replica.updates.empty,
+            )
         if found is None:
             return State()
+        if found.manifest.plan.states != self.mesh.plan.states:
+            replica.updates.widen(optimizers.optimizers)
         replica.load_state(found.scalars["replica"])
         self._take(found.manifest, found.scalars, replica, optimizers)
         state = State(
@@ -86,7 +91,8 @@ class Saver:
         kept = replica.synchroniser.keep(optimizers.optimizers)
         mine: dict[str, Any] = {"replica": replica.state(), "loss": state.loss, "evaluations": state.evaluations}
         rows = {f"{ROW}/{name}": tensor.clone()[None] for name, tensor in kept.rows.items()}
-        with replica.synchroniser.consistent(optimizers.optimizers):
+        held = optimizers.optimizers
+        with replica.synchroniser.consistent(held), replica.updates.shown(held):
             plan, rank = self.mesh.plan, self.mesh.rank
             tensors, scalars = collect(replica.module, optimizers.optimizers, plan=plan, rank=rank)
             scalars = self._of_all_stages(scalars)
