@@ -16,6 +16,7 @@ from torch import nn
 from shardwise.comm.collectives import broadcast_all, largest
 from shardwise.comm.mesh import Mesh
 from shardwise.errors import JobError, SpecError
+from shardwise.parallel.activations import offloaded
 from shardwise.parallel.allocator import keep_freed_memory
 from shardwise.parallel.alone import Alone
 from shardwise.parallel.batchnorm import BatchNormSync, batch_norms
@@ -72,6 +73,9 @@ class Replica:
         self.coupled = coupled
         self.shards = shards
         self.formats = Formats(plan.precision, mesh.device)
+        self._offloaded = offloaded(module, plan, mesh.device, scratch)
+        if self._offloaded is not None:
+            self.formats.around = self._offloaded.around
         self.scaler = LossScaler() if plan.precision == "float16" else None
         self.guess = 1.0
         self.fresh = True
@@ -273,6 +277,8 @@ class Replica:
         """Leave the module as an ordinary one: no hooks, batch norms as they were, gradients None."""
         self.synchroniser.close()
         self.updates.close()
+        if self._offloaded is not None:
+            self._offloaded.close()
         if self.pipelined is not None:
             self.pipelined.close()
         if self.units is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ class Formats:
     def __init__(self, precision: Precision, device: torch.device) -> None:
         self.precision = precision
         self.device = device
+        self.around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext  # every forward
         self.cast = DTYPES[precision] if precision in ("bfloat16", "float16") else None
         if self.cast is not None and not _supported(device.type, self.cast):
             raise SpecError(
@@ -69,11 +70,12 @@ class Formats:
             if torch.autocast_decrement_nesting() == 0:
                 torch.clear_autocast_cache()
 
-    def forward(self) -> contextlib.AbstractContextManager[Any]:
+    @contextlib.contextmanager
+    def forward(self) -> Iterator[None]:
         """Around forward and loss."""
-        if self.cast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.cast)
+        cast = torch.autocast(self.device.type, dtype=self.cast) if self.cast is not None else contextlib.nullcontext()
+        with cast, self.around():
+            yield
 
     def place(self, batch: Any) -> Any:
         """The batch on the device; floating tensors become float64 under precision=float64."""
