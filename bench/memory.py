@@ -1,4 +1,4 @@
-"""Peak memory of each feature that saves some, against the least that arithmetic allows; a GPT larger than its memory."""
+"""Peak memory of each feature that saves some, against the least by arithmetic; and a GPT larger than its memory."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def test_little_is_in_memory_and_the_file_does_not_grow(tmp_path: Path) -> None:
         assert sum(one.count for one in there) == pytest.approx(8 * found.activation_bytes, rel=0.05), "each once"
         assert all(one._back is None and one.host is None for one in there), "none of it is here"
         output.square().sum().backward()
-        del output
+        del output, there
         assert not away._gone
         sizes.append(spill._size)
     assert sizes[0] == sizes[1] == sizes[2]
