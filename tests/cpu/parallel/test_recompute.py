@@ -12,6 +12,7 @@ import torch
 from architectures import build
 from jobs import Micro
 from test_pipelined import cut, in_stages, made, micro
+from test_pipelined import loss as counted
 from torch import Tensor, nn
 
 from shardwise.errors import JobError, SpecError
@@ -233,3 +234,22 @@ def norms_in_step(rank: Rank, plan: Plan) -> str:
 
 def test_norms_over_all_ranks_are_not_recomputed() -> None:
     assert "'blocks.0'" in run_ranks(2, norms_in_step, Plan(data=2, recompute=FULL))[0]
+
+
+def on_ranks(rank: Rank, name: str, plan: Plan) -> list[tuple[float, float]]:
+    replica = parallelize(made(name), plan, rank.mesh(plan))
+    optimizer = torch.optim.AdamW(replica.module.parameters(), lr=0.01)
+    found = []
+    for number in range(3):
+        result = step(replica, [optimizer], [micro(name, number, rank.rank, index) for index in range(2)], loss=counted)
+        found.append((result.loss, result.grad_norm or 0.0))
+    replica.close()
+    return found
+
+
+@pytest.mark.parametrize("zero", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("recompute", [FULL, pytest.param(SELECTIVE, marks=pytest.mark.slow)], ids=lambda one: one.mode)
+def test_shards_recompute(zero: int, recompute: Recompute) -> None:
+    kept = run_ranks(2, on_ranks, "dropout", Plan(precision="float64", shard=2, zero=zero))
+    again = run_ranks(2, on_ranks, "dropout", Plan(precision="float64", shard=2, zero=zero, recompute=recompute))
+    assert again == kept
