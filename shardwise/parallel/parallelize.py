@@ -6,7 +6,7 @@ import contextlib
 import functools
 import hashlib
 import random
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +23,7 @@ from shardwise.parallel.batchnorm import BatchNormSync, batch_norms
 from shardwise.parallel.coupling import UNKNOWN, agree
 from shardwise.parallel.exact import ShardBuffers
 from shardwise.parallel.precision import Formats, LossScaler
-from shardwise.parallel.recompute import Recomputed, refuse_recompute
+from shardwise.parallel.recompute import Recomputed, recomputing
 from shardwise.parallel.reducer import Reducer
 from shardwise.parallel.scatter import Scatter
 from shardwise.parallel.sharded import gathered, whole_at_rest
@@ -316,20 +316,15 @@ def parallelize(
     _refuse_combinations(plan, list(norms), batch_norm, coupled, compile=compile)
     if plan.pipeline > 1:
         _refuse_with_pipeline(module, plan, coupled, compile=compile)
-    if mesh.device.type == "cpu":
-        keep_freed_memory()
     pipelined = _pipelined(module, plan, mesh) if plan.pipeline > 1 else None
-    _move(module, kept(module, plan, mesh.rank), mesh.device, torch.float64 if plan.precision == "float64" else None)
-    if plan.exact:
-        torch.set_num_threads(1)
+    _place(module, plan, mesh)
     axis = mesh.axis("batch")
     _refuse_unlike(module, mesh)
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
     if axis.group is not None:
         broadcast_all(_held(module, plan, mesh.rank), axis.group)
     sync = _synchronised(norms, plan, mesh) if batch_norm == "sync" and axis.size > 1 else None
-    refuse_recompute(module, plan, synced_norms=sync is not None, compile=compile)
-    recomputed = Recomputed(module, plan) if plan.recompute.mode != "none" else None
+    recomputed = recomputing(module, plan, synced_norms=sync is not None, compile=compile)
     if pipelined is not None:
         pipelined.spread()
     units = gathered(module, kept(module, plan, mesh.rank), mesh) if not whole_at_rest(plan) else None
@@ -367,6 +362,15 @@ def _pipelined(module: nn.Module, plan: Plan, mesh: Mesh) -> Pipelined:
     from shardwise.parallel.pipelined import Pipelined  # torch's pipelining takes a second to import
 
     return Pipelined(module, plan, mesh)
+
+
+def _place(module: nn.Module, plan: Plan, mesh: Mesh) -> None:
+    """On the device, in the plan's format, and this process ready to compute there."""
+    if mesh.device.type == "cpu":
+        keep_freed_memory()
+    _move(module, kept(module, plan, mesh.rank), mesh.device, torch.float64 if plan.precision == "float64" else None)
+    if plan.exact:
+        torch.set_num_threads(1)
 
 
 def _move(module: nn.Module, names: Collection[str], device: torch.device, dtype: torch.dtype | None) -> None:

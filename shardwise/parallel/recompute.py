@@ -186,10 +186,10 @@ class _Both:
         self._outer.__exit__(kind, error, trace)
 
 
-def refuse_recompute(module: nn.Module, plan: Plan, *, synced_norms: bool, compile: bool) -> None:
-    """Raise SpecError where the plan's recompute does not go with the module or with the rest of the plan."""
+def recomputing(module: nn.Module, plan: Plan, *, synced_norms: bool, compile: bool) -> Recomputed | None:
+    """What the plan asks for. Raises SpecError where it does not go with the module or with the rest of the plan."""
     if plan.recompute.mode == "none":
-        return
+        return None
     said = f"recompute={plan.recompute.mode}"
     if compile:
         raise SpecError(f"{said} does not go with compile=True yet. Leave one of them out.")
@@ -206,6 +206,7 @@ def refuse_recompute(module: nn.Module, plan: Plan, *, synced_norms: bool, compi
                     f"{said} does not go with batch_norm='sync': '{name}' would meet the other ranks once more in "
                     "backward. Use batch_norm='local', or choose other blocks with recompute=blocks."
                 )
+    return Recomputed(module, plan)
 
 
 def _chosen(module: nn.Module, plan: Plan) -> dict[str, nn.Module]:
