@@ -83,6 +83,7 @@ class _Kept:
         self.rest: dict[Any, Any] = {}  # what it keeps beside: counts of steps and the like
         self.before: dict[Any, Any] = {}  # that, as it was before this step
         self.known: set[Any] = set()  # the slots there were before this step
+        self.like: Tensor = parameter  # has the shape of the states: with a shard axis, of this rank's rows
 
 
 class _Piece(NamedTuple):
@@ -188,6 +189,7 @@ class PiecewiseUpdates(Updates):
         p, start, stop = kept.parameter, piece.start, piece.stop
         if first:
             kept.before, kept.known = kept.rest, set(kept.slots)
+            kept.like = torch.empty_like(p, device="meta")
         whole, gradient = p.data, p.grad
         assert gradient is not None
         if gradient.stride() != whole.stride():
@@ -243,13 +245,12 @@ class PiecewiseUpdates(Updates):
         if piece.start == 0:
             for key, value in found.items():
                 if key not in kept.slots and _is_state(value, shape):
-                    kept.slots[key] = self._new_slot(kept, key, value.dtype)
+                    kept.slots[key] = self._new_slot(kept, key, value.dtype, kept.parameter.numel())
         kept.rest = {key: value for key, value in found.items() if key not in kept.slots}
 
-    def _new_slot(self, kept: _Kept, key: Any, dtype: torch.dtype) -> Slot:
-        p = kept.parameter
+    def _new_slot(self, kept: _Kept, key: Any, dtype: torch.dtype, count: int) -> Slot:
         made = self._states if kept.large else self._plain
-        return made.make(p.numel(), dtype, p.device, signed=key not in UNSIGNED)
+        return made.make(count, dtype, kept.parameter.device, signed=key not in UNSIGNED)
 
     def _generator(self, piece: _Piece) -> torch.Generator:
         seed = zlib.crc32(f"{self._count} {piece.kept.name} {piece.start}".encode())
@@ -277,7 +278,7 @@ class PiecewiseUpdates(Updates):
         for each, optimizer in holders.items():
             kept = self._kept[each]
             if kept.slots or kept.rest:
-                given[each] = {key: slot.shown(kept.parameter) for key, slot in kept.slots.items()}
+                given[each] = {key: slot.shown(kept.like) for key, slot in kept.slots.items()}
                 optimizer.state[kept.parameter] = {**kept.rest, **given[each]}
         try:
             yield
@@ -299,12 +300,20 @@ class PiecewiseUpdates(Updates):
                 continue
             if isinstance(value, Tensor) and id(value) in self._loading:
                 kept.slots[key] = self._loading[id(value)]
-            elif isinstance(value, dict) or _is_state(value, kept.parameter.shape):
+            elif isinstance(value, dict) or self._is_loaded_state(value, kept.parameter):
                 dtype = kept.built if isinstance(value, dict) or value.dtype == torch.bfloat16 else value.dtype
-                kept.slots[key] = self._new_slot(kept, key, dtype)
+                main = value[CODES] if isinstance(value, dict) else value
+                kept.like = torch.empty_like(main, device="meta")
+                kept.slots[key] = self._new_slot(kept, key, dtype, main.numel())
                 kept.slots[key].take(value, torch.Generator(kept.parameter.device).manual_seed(0))
             else:
                 kept.rest[key] = value
+
+    def _is_loaded_state(self, value: Any, parameter: nn.Parameter) -> bool:
+        if self._plan.shard == 1:
+            return _is_state(value, parameter.shape)
+        rows = isinstance(value, Tensor) and value.dim() == parameter.dim()
+        return rows and value.is_floating_point() and value.shape[1:] == parameter.shape[1:]
 
     def empty(self, parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
         kept = self._kept.get(id(parameter))

@@ -7,6 +7,7 @@ from collections import Counter
 from msgspec import structs
 
 from shardwise.plan.buckets import Seconds, choose_bucket_bytes, exposed_s, ring_seconds
+from shardwise.plan.formats import share_again
 from shardwise.plan.memory import memory_parts
 from shardwise.plan.pipelined import BACKWARD, pipeline_seconds, stage_seconds
 from shardwise.spec.cluster import TRANSPORTS, Cluster
@@ -21,7 +22,7 @@ ASSUMED_PEAK = 50e9  # FLOP/s of one core in float32, where nothing was probed
 def time_parts(profile: ModelProfile, plan: Plan, job: JobFacts, cluster: Cluster) -> dict[str, float]:
     """Seconds by part, as if every matmul ran at the device's probed peak: a lower bound.
 
-    Backward is twice forward (Narayanan et al. 2021, section 5.1). `communication` is what backward does not hide; of a
+    Backward is twice forward (Narayanan et al. 2021, section 5.1), and what it computes again. `communication` is what backward does not hide; of a
     pipeline what its stages send is in forward and backward, and `bubble` is what the busiest rank is idle.
     """
     samples = -(-job.global_batch // plan.replicas)
@@ -44,7 +45,7 @@ def time_parts(profile: ModelProfile, plan: Plan, job: JobFacts, cluster: Cluste
     bandwidth = device.memory_bandwidth or 10e9
     return {
         "forward": forward,
-        "backward": BACKWARD * forward,
+        "backward": (BACKWARD + share_again(profile, plan)) * forward,
         **bubble,
         "communication": exchanged,
         "optimizer": touched / bandwidth,

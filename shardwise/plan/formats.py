@@ -44,9 +44,13 @@ def _refuse_with_pieces(plan: Plan, said: str) -> None:
         )
     if plan.exact and plan.parameters != "float32":
         raise SpecError("exact=true does not go with parameters=bfloat16: their sums would lose what order they had.")
-    for axis in ("shard", "tensor"):
-        if getattr(plan, axis) > 1:
-            raise SpecError(f"{said} does not go with {axis}={getattr(plan, axis)} yet. Leave one of them out.")
+    if plan.tensor > 1:
+        raise SpecError(f"{said} does not go with tensor={plan.tensor} yet. Leave one of them out.")
+    if plan.shard > 1 and (plan.parameters != "float32" or plan.states == "int8"):
+        raise SpecError(
+            f"{said} does not go with shard={plan.shard} yet: rows are cut from float32 parameters, and 8-bit states "
+            "have scales for more than a row. Use states=bfloat16 or offload.optimizer=disk, or no shard axis."
+        )
 
 
 def refuse_host(plan: Plan, kind: str) -> None:
@@ -104,6 +108,14 @@ def kept_bytes(plan: Plan, number: int | None, block: BlockProfile, entering: in
     if mode == "selective":
         return min(entering + block.product_bytes, block.activation_bytes)
     return block.activation_bytes
+
+
+def share_again(profile: ModelProfile, plan: Plan) -> float:
+    """The share of a forward pass's FLOPs that backward computes again; without products there are next to none."""
+    if plan.recompute.mode not in ("full", "blocks") or not profile.forward_flops:
+        return 0.0
+    chosen = [b for n, b in enumerate(repeated(profile)) if plan.recompute.mode == "full" or n in plan.recompute.blocks]
+    return sum(block.forward_flops for block in chosen) / profile.forward_flops
 
 
 def largest_block(profile: ModelProfile) -> int:

@@ -226,3 +226,18 @@ def test_a_wait_for_the_disk_has_a_limit(tmp_path: Path, monkeypatch: pytest.Mon
         spill.wait(spill.later(never.wait))
     never.set()
     spill.close()
+
+
+def sharded(rank: Rank, plan: Plan, folder: str) -> list[float]:
+    module = gpt()
+    replica = parallelize(module, plan, rank.mesh(plan), scratch=folder)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3)
+    found = train(replica, optimizer, 4)
+    assert not [v for state in optimizer.state.values() for v in state.values() if v.numel() >= 4096] or not folder
+    return found
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_shards_have_their_rows_of_the_states_on_disk(tmp_path: Path, zero: int) -> None:
+    plan = Plan(shard=2, zero=zero, offload=DISK)
+    assert run_ranks(2, sharded, plan, str(tmp_path)) == run_ranks(2, sharded, Plan(shard=2, zero=zero), "")

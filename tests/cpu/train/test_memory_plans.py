@@ -107,6 +107,9 @@ def test_a_run_with_states_on_disk_is_the_same_bits_through_a_kill(plan: str, bl
         pytest.param("data=1", "data=1,offload.optimizer=disk,offload.activations=disk", marks=pytest.mark.slow),
         ("data=2,offload.optimizer=disk", "pipeline=2,offload.optimizer=disk,recompute=full"),
         pytest.param("pipeline=2,offload.optimizer=disk", "data=2", marks=pytest.mark.slow),
+        pytest.param("shard=2,zero=1,offload.optimizer=disk", "data=2,offload.optimizer=disk", marks=pytest.mark.slow),
+        pytest.param("data=2,offload.optimizer=disk", "shard=2,zero=3,offload.optimizer=disk", marks=pytest.mark.slow),
+        pytest.param("data=2", "shard=2,zero=1,offload.optimizer=disk", marks=pytest.mark.slow),
     ],
 )
 def test_checkpoints_are_read_wherever_the_states_were(before: str, after: str, blocks: Train, tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 
 from shardwise.errors import SpecError
+from shardwise.plan.cost import time_parts
 from shardwise.plan.formats import refuse_other_numbers
 from shardwise.plan.memory import memory_parts
 from shardwise.plan.support import refuse_unbuilt
+from shardwise.spec.cluster import Cluster, Device, Link, Node
 from shardwise.spec.job import JobFacts
 from shardwise.spec.plan import Plan, build_plan, parse_plan
 from shardwise.spec.profile import BlockProfile, ModelProfile
@@ -93,6 +95,7 @@ def test_a_plan_string_reads_back(text: str) -> None:
         ("states=int8,data=2,sync=compressed", "all_reduce"),
         ("offload.optimizer=disk,data=2,sync=local", "all_reduce"),
         ("parameters=bfloat16,precision=bfloat16,exact=true", "exact=true"),
+        ("states=int8,shard=2", "shard=2"),
     ],
 )
 def test_what_does_not_go_together_is_refused(text: str, says: str) -> None:
