@@ -22,7 +22,8 @@ ASSUMED_PEAK = 50e9  # FLOP/s of one core in float32, where nothing was probed
 def time_parts(profile: ModelProfile, plan: Plan, job: JobFacts, cluster: Cluster) -> dict[str, float]:
     """Seconds by part, as if every matmul ran at the device's probed peak: a lower bound.
 
-    Backward is twice forward (Narayanan et al. 2021, section 5.1), and what it computes again. `communication` is what backward does not hide; of a
+    Backward is twice forward (Narayanan et al. 2021, section 5.1), and what it
+    computes again. `communication` is what backward does not hide; of a
     pipeline what its stages send is in forward and backward, and `bubble` is what the busiest rank is idle.
     """
     samples = -(-job.global_batch // plan.replicas)

@@ -109,3 +109,19 @@ def test_formats_that_change_the_numbers_must_be_allowed(field: str) -> None:
     with pytest.raises(SpecError, match=f"'{field}'"):
         refuse_other_numbers(plan, ("bfloat16",))
     refuse_other_numbers(plan, (field,))
+
+
+@pytest.mark.parametrize(
+    ("text", "times"),
+    [
+        ("data=1", 2),
+        ("recompute=selective", 2),
+        ("recompute=full", 2 + 4 / 6),
+        ("recompute=blocks,recompute.blocks=1", 2 + 1 / 6),
+    ],
+)
+def test_seconds_of_what_is_computed_again(text: str, times: float) -> None:
+    device = Device(kind="cpu", memory_bytes=10**10, peak_flops={"float32": 1e11})
+    here = Cluster(nodes=(Node(devices=(device,), link=Link(latency_s=1e-3, bandwidth=1e9), cores=1),))
+    found = time_parts(PROFILE, build_plan(parse_plan(text)), JOB, here)
+    assert found["backward"] == pytest.approx(times * found["forward"])
