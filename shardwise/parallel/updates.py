@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -131,6 +132,13 @@ class PiecewiseUpdates(Updates):
                 self._shrink(kept)
 
     def step(self, optimizers: Optimizers) -> None:
+        with contextlib.ExitStack() as stack:
+            for optimizer in optimizers:
+                stack.enter_context(_hooks_once(optimizer))
+            self._step(optimizers)
+        self._count += 1
+
+    def _step(self, optimizers: Optimizers) -> None:
         ready = [(o, [p for g in o.param_groups for p in g["params"] if p.grad is not None]) for o in optimizers]
         for number, (optimizer, parameters) in enumerate(ready):
             if parameters and number not in self._cut:
@@ -154,7 +162,6 @@ class PiecewiseUpdates(Updates):
             written = self._spill.later(flush)
         if written is not None and self._spill is not None:
             self._spill.wait(written)
-        self._count += 1
 
     def _ahead(self, piece: _Piece) -> Callable[[], dict[Any, Any]]:
         if self._spill is None:
@@ -347,6 +354,22 @@ class PiecewiseUpdates(Updates):
 def updates(module: nn.Module, named: Named, plan: Plan, folder: str | Path | None) -> Updates:
     """What the plan asks for; `named` are the parameters that this rank has."""
     return PiecewiseUpdates(module, named, plan, folder) if updates_in_pieces(plan) else Updates()
+
+
+@contextlib.contextmanager
+def _hooks_once(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """What was registered to run around a step runs once around this block, and sees whole gradients."""
+    before, after = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    for hook in before.values():
+        hook(optimizer, (), {})
+    optimizer._optimizer_step_pre_hooks = OrderedDict()
+    optimizer._optimizer_step_post_hooks = OrderedDict()
+    try:
+        yield
+    finally:
+        optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = before, after
+    for hook in after.values():
+        hook(optimizer, (), {})
 
 
 def _copied(values: dict[Any, Any]) -> dict[Any, Any]:

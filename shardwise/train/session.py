@@ -21,6 +21,7 @@ from shardwise.data.order import stream_seed
 from shardwise.data.source import Prepared
 from shardwise.errors import JobError, SpecError, did_you_mean
 from shardwise.parallel.step import StepResult
+from shardwise.plan.formats import refuse_other_numbers
 from shardwise.plan.synchronisations import refuse_unallowed
 from shardwise.spec.job import Optimizer, TrainJob
 from shardwise.spec.plan import Plan, Precision, build_plan, parse_plan
@@ -58,6 +59,8 @@ class Session:
         self.mesh = self.context.mesh
         self.mesh.obey(self._chosen_plan())
         self._refuse_unplayed()
+        if self.job is not None:
+            refuse_other_numbers(self.mesh.plan, self.job.allow)
         if self.job is not None and self.mesh.world > 1:
             refuse_unallowed(self.mesh.plan, self.job.allow)
         self.folder = self._open_folder()

@@ -28,7 +28,7 @@ from shardwise.parallel.step import step
 from shardwise.spec import files
 from shardwise.spec.job import TrainJob
 from shardwise.spec.layout import Box, boxes, local_offsets
-from shardwise.spec.plan import Plan
+from shardwise.spec.plan import Offload, Plan, Recompute
 from shardwise.train import capture, context
 from shardwise.train.data import prepare
 from shardwise.train.optimizers import Optimizers
@@ -75,6 +75,7 @@ def _compare(
     job: TrainJob, plan: Plan, prepared: Prepared, losses: list[float], found: list[dict[str, Tensor]], told: Any
 ) -> Verified:
     one = structs.replace(plan, data=1, shard=1, pipeline=1, virtual=1, schedule="1f1b", stages=(), blocks=())
+    one = structs.replace(one, recompute=Recompute(), offload=Offload())
     alone = connect(one, rank=0, world=1, store=None)
     expected, reference = _train(job, one, alone, prepared, len(losses), places=plan.replicas)
     loss = _largest({f"step {i + 1}": (a, b) for i, (a, b) in enumerate(zip(losses, expected, strict=True))})

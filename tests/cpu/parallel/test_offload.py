@@ -241,3 +241,15 @@ def sharded(rank: Rank, plan: Plan, folder: str) -> list[float]:
 def test_shards_have_their_rows_of_the_states_on_disk(tmp_path: Path, zero: int) -> None:
     plan = Plan(shard=2, zero=zero, offload=DISK)
     assert run_ranks(2, sharded, plan, str(tmp_path)) == run_ranks(2, sharded, Plan(shard=2, zero=zero), "")
+
+
+def test_hooks_around_a_step_run_once_and_see_whole_gradients(tmp_path: Path) -> None:
+    replica, optimizer = started(Plan(offload=DISK), tmp_path)
+    seen = []
+    optimizer.register_step_pre_hook(
+        lambda *_: seen.append([p.grad.shape == p.shape for p in replica.module.parameters()])
+    )
+    optimizer.register_step_post_hook(lambda *_: seen.append([]))
+    train(replica, optimizer, 2)
+    count = len(list(replica.module.parameters()))
+    assert seen == [[True] * count, []] * 2

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from shardwise.errors import ClusterError, SpecError
+from shardwise.train import api
 from tests.cpu.train.test_train import losses, named, weights
 
 Train = Callable[..., Any]
@@ -178,3 +179,18 @@ def test_masters_are_what_a_checkpoint_has(blocks: Train) -> None:
 def test_what_cannot_be_is_refused(plan: str, kind: type[Exception], says: str, blocks: Train) -> None:
     with pytest.raises((kind, ClusterError), match=says):
         blocks(plan=plan, allow="")
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "data=2,recompute=full,offload.optimizer=disk,offload.activations=disk",
+        pytest.param("pipeline=2,recompute=full,states=int8,offload.optimizer=disk", marks=pytest.mark.slow),
+        pytest.param("shard=2,zero=3,recompute=selective,offload.optimizer=disk", marks=pytest.mark.slow),
+    ],
+)
+def test_verify_finds_nothing(plan: str, blocks: Train, tmp_path: Path) -> None:
+    report = api.verify(tmp_path / "blocks_job.py", plan=plan)
+    assert report.same, report.text()
+    assert report.parameters.error is not None
+    assert report.parameters.error < 1e-9

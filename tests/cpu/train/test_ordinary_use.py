@@ -174,7 +174,9 @@ def test_a_sampler_of_any_kind_is_shared_out_without_gaps(trained: Train, tmp_pa
     assert sorted(logs[0] + logs[1]) == sorted(alone.stdout.split("SEEN")[1].split())
 
 
-@pytest.mark.parametrize("plan", ["data=2,exact=true", "data=2,precision=bfloat16", "data=2,microbatches=2"])
+@pytest.mark.parametrize(
+    "plan", ["data=2,exact=true", "data=2,precision=bfloat16", "data=2,microbatches=2", "data=2,offload.optimizer=disk"]
+)
 def test_prepare_refuses_a_plan_that_it_cannot_obey(plan: str, trained: Train, tmp_path: Path) -> None:
     script = tmp_path / "weighted.py"
     script.write_text(WEIGHTED)
