@@ -141,7 +141,7 @@ class Direct:
             if not later:
                 began = perf_counter()
                 begun = shm.end(handle, given, results)
-                group.waits.add(perf_counter() - began)
+                group.waits.ended(group, sequence, began)
                 if begun is None:
                     return DONE
         except CommError:  # the group had ended: nothing was begun

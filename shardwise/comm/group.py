@@ -235,6 +235,8 @@ class Group(dist.ProcessGroup):
         if self._why_aborted is not None:
             raise self.aborted_error(self._tag(op, self._sequence, peer))
         self._recent.append((self._sequence, op))
+        if self.waits.timeline is not None:
+            self.waits.timeline.began(self, op, self._sequence, peer)
         messages, moved = self.wire.get(op, (0, 0))
         self.wire[op] = (messages + 1, moved + nbytes)
         return self._sequence

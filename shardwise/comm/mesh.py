@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -12,6 +14,7 @@ import torch.distributed.distributed_c10d as dist
 
 from shardwise.comm.group import NAME, Group, GroupSettings, register
 from shardwise.comm.store import own_address
+from shardwise.comm.timeline import HostClock, StreamClock, Timeline
 from shardwise.comm.traffic import described
 from shardwise.errors import ClusterError, CommError, SpecError
 from shardwise.spec.plan import AXES, Plan
@@ -41,6 +44,7 @@ class Mesh:
         self._groups = groups
         self._owns_world = owns_world
         self._extra: list[Group] = []
+        self.timeline = Timeline()
 
     def obey(self, plan: Plan) -> None:
         """Take another plan of as many ranks; axes of other lengths get new groups. Every rank of the mesh calls it."""
@@ -93,6 +97,11 @@ class Mesh:
     def waited_s(self) -> float:
         """Seconds that this thread has waited for the operations of all groups so far."""
         return sum(group.waits.seconds() for group in self._each_group())
+
+    def recording(self) -> AbstractContextManager[Callable[[], dict[str, Any]]]:
+        """Record in this block what this thread does and exchanges (`Timeline.recording`)."""
+        clock = StreamClock() if self.device.type == "cuda" else HostClock()
+        return self.timeline.recording(self._each_group(), clock)
 
     def wire(self) -> dict[str, tuple[int, int]]:
         """For each operation: how often it was called on this rank, and the bytes handed to the backend."""

@@ -5,10 +5,15 @@ from __future__ import annotations
 import collections
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from shardwise.comm.group import Group
+    from shardwise.comm.timeline import Timeline
 
 PENDING = 1024  # waits of a stream whose length is not known yet
 
@@ -25,6 +30,7 @@ class Waits:
         self._by_thread: dict[int, float] = collections.defaultdict(float)
         self._pending: collections.deque[tuple[Any, Any]] = collections.deque(maxlen=PENDING)
         self._on_stream = 0.0
+        self.timeline: Timeline | None = None  # where waits are recorded while one is
 
     def seconds(self) -> float:
         """What this thread has waited so far, and the streams as far as they have come."""
@@ -37,11 +43,20 @@ class Waits:
         """This thread was blocked for so long."""
         self._by_thread[threading.get_ident()] += seconds
 
+    def ended(self, group: Group, sequence: int, began: float) -> None:
+        """This thread has waited since `began` for operation number `sequence` of a group."""
+        now = time.perf_counter()
+        self.add(now - began)
+        if self.timeline is not None:
+            self.timeline.waited(group, sequence, began, now)
+
     @contextlib.contextmanager
-    def on_stream(self) -> Iterator[None]:
+    def on_stream(self, group: Group | None = None, sequence: int = 0) -> Iterator[None]:
         """Around a wait that makes the current stream of the current device wait."""
         begin, end = self._event(), self._event()
         begin.record()
         yield
         end.record()
         self._pending.append((begin, end))
+        if self.timeline is not None and group is not None:
+            self.timeline.waited(group, sequence, begin, end)

@@ -85,13 +85,13 @@ class GuardedWork(dist.Work):
         if self._on_stream:
             if self._group.aborted:
                 raise self._group.aborted_error(self._tag)
-            with self._group.waits.on_stream():
+            with self._group.waits.on_stream(self._group, self._tag.sequence):
                 return self._end()
         began = time.perf_counter()
         try:
             return self._wait(timeout)
         finally:
-            self._group.waits.add(time.perf_counter() - began)
+            self._group.waits.ended(self._group, self._tag.sequence, began)
 
     def _wait(self, timeout: timedelta) -> bool:
         limit = timeout.total_seconds() or self._group.timeout_s

@@ -23,9 +23,12 @@ from shardwise.observe.html import (
 )
 from shardwise.observe.summary import Summary, evaluation_of, job_record, read
 from shardwise.observe.text import figure, state_text
+from shardwise.observe.timeline import timelines, typical
+from shardwise.observe.timeline_plot import timeline_plot
 from shardwise.spec.files import write_whole
 from shardwise.units import format_bytes, format_seconds
 
+MOST_OTHERS = 2
 STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1f2328; --line: #d0d7de; --card: #f6f8fa; }
 @media (prefers-color-scheme: dark) { :root { --paper: #0d1117; --ink: #e6edf3; --line: #30363d; --card: #161b22; } }
@@ -37,6 +40,7 @@ h1 { font-size: 1.4rem; margin-bottom: 0; } h2 { font-size: 1.05rem; margin-top:
 table { border-collapse: collapse; } th, td { padding: .25rem 1rem .25rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; font-variant-numeric: tabular-nums; } th { font-weight: 600; white-space: nowrap; }
 .warning { border-left: 4px solid #f59e0b; padding-left: .75rem; }
+.wide svg { max-width: 60rem !important; }
 .failed { white-space: pre-line; border-left: 4px solid #ef4444; padding-left: .75rem; }
 """
 
@@ -72,6 +76,7 @@ def report_html(summary: Summary, found: Sequence[Event], job: Mapping[str, Any]
         f"<h1>{escape(summary.run)}</h1><p>{escape(state_text(summary))}</p>",
         *_notices(summary),
         f"<div class='plots'>{plots}</div>",
+        _section("Timeline", _timeline(found)),
         _section("Summary", table(summary_rows(summary)[1:])),
         _section("Predicted and measured", compared_table(summary.compared)),
         _section("Exchanged, over all ranks", exchanged_table(summary)),
@@ -95,6 +100,19 @@ def _section(title: str, body: str) -> str:
 def _notices(summary: Summary) -> list[str]:
     failed = [f"<p class='failed'>{escape(summary.failure)}</p>"] if summary.failure else []
     return failed + [f"<p class='warning'>{escape(text)}</p>" for text in summary.warnings[:50]]
+
+
+def _timeline(found: Sequence[Event]) -> str:
+    """The recorded step of median length, and some of the others to be unfolded."""
+    steps = timelines(found)
+    shown = typical(steps)
+    if shown is None:
+        return ""
+    others = "".join(
+        f"<div>{timeline_plot(step)}</div>" for step in [one for one in steps if one is not shown][-MOST_OTHERS:]
+    )
+    folded = f"<details><summary>other recorded steps</summary>{others}</details>" if others else ""
+    return f"<div class='wide'>{timeline_plot(shown)}{folded}</div>"
 
 
 def _evaluations(found: Sequence[Event]) -> str:

@@ -16,6 +16,7 @@ from shardwise.events import Event
 from shardwise.observe import history, runs
 from shardwise.observe.exchanged import Axis, Exchanged, Exposed, axes_of, counted_of, exchanged_of, exposed_of
 from shardwise.observe.history import amount, committed, finite, named, number, printable, whole, word
+from shardwise.observe.timeline import Spent, spent_of
 from shardwise.spec.cluster import Cluster
 from shardwise.spec.files import load
 from shardwise.spec.plan import Plan, Prediction
@@ -99,6 +100,7 @@ class Summary(Struct, frozen=True, kw_only=True):
     time: dict[str, float]
     run_seconds: dict[str, float]
     peak_bytes: dict[int, int]
+    timeline: Spent
     compared: tuple[Compared, ...]
     axes: tuple[Axis, ...]
     exposed: Exposed | None
@@ -177,6 +179,7 @@ def summarise(
         time=_shares(steps),
         run_seconds=_run_seconds(found, steps),
         peak_bytes=memory,
+        timeline=spent_of(found),
         compared=_compared(predicted, rate, steps, memory),
         axes=axes_of(found),
         exposed=exposed_of(steps, predicted, ranks),

@@ -9,10 +9,12 @@ from typing import Any
 from shardwise.observe.exchanged import axes_text, exchanged_lines, exposed_text
 from shardwise.observe.history import finite, printable, whole
 from shardwise.observe.summary import Compared, Evaluation, Summary
+from shardwise.observe.timeline import NAMES
 from shardwise.units import format_bytes, format_count, format_seconds
 
 LABEL_WIDTH = 12
 PART_NAMES = {"wait": "wait for data"}
+MOST_RANKS = 8
 SHOWN_FACTS = ("tokens", "documents", "samples", "classes")
 
 
@@ -48,6 +50,7 @@ def outcome_lines(summary: Summary, *, blocks: bool = False) -> list[str]:
             ("held out", held_out_text(summary)),
             ("rate", rate_text(summary)),
             ("time", shares_text(summary.time)),
+            *(("timeline", text) for text in timeline_lines(summary)),
             ("exposed", exposed_text(summary.exposed) if summary.exposed else ""),
             *(("exchanged", text) for text in exchanged_lines(summary.exchanged, summary.counted_bytes)),
             ("memory", f"peak of {memory}" if memory else ""),
@@ -141,6 +144,16 @@ def rate_text(summary: Summary) -> str:
 def shares_text(time: Mapping[str, float]) -> str:
     """`compute 81 %, communicate 9 %, ...`."""
     return ", ".join(f"{PART_NAMES.get(part, part)} {percent(share)}" for part, share in time.items())
+
+
+def timeline_lines(summary: Summary) -> list[str]:
+    """`rank 0: forward 29 %, backward 49 %, ..., bubble 18 %` for the first MOST_RANKS ranks."""
+    lines, bubbles = [], summary.timeline.bubbles
+    for rank, spent in list(summary.timeline.shares.items())[:MOST_RANKS]:
+        words = [f"{NAMES.get(kind, kind)} {percent(share)}" for kind, share in spent.items() if share]
+        words += [f"bubble {percent(bubbles[rank])}"] if rank in bubbles else []
+        lines.append(f"rank {rank}: {', '.join(words)}")
+    return lines
 
 
 def checkpoint_text(summary: Summary) -> str:

@@ -42,7 +42,10 @@ def gathered_step(
     the first rank reports the loss. The memory is that of the whole local batch, whatever the microbatches.
     Raises JobError where a batch holds something else than tensors for each sample.
     """
-    pieces = [_forward(replica, index, one, forward) for index, one in enumerate(micro)]
+    span, pieces = replica.mesh.timeline.span, []
+    for index, one in enumerate(micro):
+        with span("forward", 0, index):
+            pieces.append(_forward(replica, index, one, forward))
     counts, sources = _meet(replica, pieces)
     if not any(counts):
         return
@@ -55,7 +58,8 @@ def gathered_step(
     first_row = sum(counts[: replica.axis.rank])
     for index, piece in enumerate(pieces):
         replica.reducer.begin_micro(shard=piece.shard, last=index == len(pieces) - 1)
-        _backward(piece, grads, first_row, shared=first_row == 0)
+        with span("backward", 0, index):
+            _backward(piece, grads, first_row, shared=first_row == 0)
         first_row += piece.rows
 
 

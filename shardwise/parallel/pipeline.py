@@ -32,6 +32,7 @@ from shardwise.spec.layout import stage_rank
 from shardwise.spec.plan import Plan
 
 Compute = Callable[[int, int, Sequence[Tensor]], Any]  # (stage, chunk, what came) -> what leaves, a scalar in the end
+Span = Callable[[str, int, int], contextlib.AbstractContextManager[None]]  # (kind, stage, chunk): around what is timed
 Reduce = Callable[[int], None]  # told the number of a stage whose gradients are complete
 NAIVE = "naive"
 SINGLE: dict[str, Any] = {NAIVE: ScheduleGPipe, "gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
@@ -74,12 +75,13 @@ class Pipeline:
         compute: Compute,
         reduce: Reduce = lambda number: None,
         gather: Callable[[], None] = lambda: None,
+        span: Span = lambda kind, number, chunk: contextlib.nullcontext(),
     ) -> None:
         self._schedule = schedule
         self._count = count
         self._ranks = group.size()
         self._runners: dict[int, Any] = {}
-        self._pieces = [_Piece(module, number, count, group, device, compute, reduce, gather) for number in numbers]
+        self._pieces = [_Piece(module, number, count, group, device, compute, reduce, gather, span) for number in numbers]
 
     def step(self, micros: Sequence[Micro]) -> None:
         """Forward and backward of all microbatches, of which there are as many on all ranks of the pipeline.
@@ -135,11 +137,13 @@ class _Piece(_PipelineStageBase):
         compute: Compute,
         reduce: Reduce,
         gather: Callable[[], None],
+        span: Span,
     ) -> None:
         super().__init__(module, number, count, device, group)
         self._compute = compute
         self._reduce = reduce
         self._gather = gather
+        self._span = span
         self._runtime_validate = False  # it knows one shape for all microbatches
         self._grads: list[Any] = []
         self._follow: list[bool] = []  # whether the gradients of parameters may be put off
@@ -198,7 +202,8 @@ class _Piece(_PipelineStageBase):
         at_once = full_backward or not self._follow[bwd_chunk_id]
         if not at_once:
             self._gather()
-        super().backward_one_chunk(bwd_chunk_id, loss, full_backward=at_once, last_backward=last_backward)
+        with self._span("backward", self.stage_index, self._first + bwd_chunk_id):
+            super().backward_one_chunk(bwd_chunk_id, loss, full_backward=at_once, last_backward=last_backward)
         if at_once and not full_backward:
             self._done.add(bwd_chunk_id)
 
@@ -206,7 +211,8 @@ class _Piece(_PipelineStageBase):
         if bwd_chunk_id in self._done:
             self._done.remove(bwd_chunk_id)
         else:
-            super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+            with self._span("weights", self.stage_index, self._first + bwd_chunk_id):
+                super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         self._stage_meta.input_grads = self._grads[bwd_chunk_id]

@@ -53,6 +53,7 @@ class Pipelined:
             compute=self._compute,
             reduce=self._complete,
             gather=self._gather_units,
+            span=mesh.timeline.span,
         )
         self._replica: Replica | None = None
         self._micros: list[Micro] = []
@@ -180,7 +181,7 @@ class Pipelined:
         batch, route = self._micros[chunk]
         if self._streams:
             replica.seed(self._streams[chunk])
-        with replica.formats.forward():
+        with self._mesh.timeline.span("forward", number, chunk), replica.formats.forward():
             with user_code("the model", about=lambda: f"The batch was {shapes(batch)}."):
                 # As they are, autocast would keep casts of them over microbatches that share a buffer.
                 values = [tensor.view_as(tensor) if tensor.requires_grad else tensor for tensor in came]

@@ -153,7 +153,7 @@ def _update(replica: Replica, optimizers: Sequence[torch.optim.Optimizer], facto
     before = replica.mesh.waited_s()
     if not skipped and factor != 1.0:
         replica.reducer.scale(factor)
-    with user_code("the optimizer"):
+    with replica.mesh.timeline.span("optimizer"), user_code("the optimizer"):
         waited = replica.synchroniser.finish_step(optimizers, skipped=skipped)
     return max(waited, replica.mesh.waited_s() - before)  # an optimizer may exchange something too
 
@@ -175,7 +175,7 @@ def _gradients(
     replica: Replica, micro: Sequence[MicroBatch], loss: Loss, forward: Any, scaler: LossScaler | None
 ) -> tuple[Totals, float]:
     """Forward and backward of every microbatch, then the sums over all ranks, and the seconds waited for others."""
-    earlier = replica.mesh.waited_s()
+    earlier, span = replica.mesh.waited_s(), replica.mesh.timeline.span
     replica.begin(len(micro))
     with replica.formats.step(several=len(micro) > 1):
         if replica.pipelined is not None:
@@ -185,10 +185,12 @@ def _gradients(
         else:
             for index, one in enumerate(micro):
                 replica.before_forward(index, one.shard)
-                total = _loss_of(replica, one, loss, forward, first=index == 0, pieces=len(micro))
+                with span("forward", 0, index):
+                    total = _loss_of(replica, one, loss, forward, first=index == 0, pieces=len(micro))
                 replica.after_forward(one.shard)
                 replica.reducer.begin_micro(shard=one.shard, last=index == len(micro) - 1)
-                backward(total * replica.scale(scaler))
+                with span("backward", 0, index):
+                    backward(total * replica.scale(scaler))
                 replica.after_backward(index)
             replica.stand_in(len(micro), loss)
     before = replica.mesh.waited_s()  # what forward and backward exchange (batch norms, outputs) is waited for there

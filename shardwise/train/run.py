@@ -27,6 +27,7 @@ from shardwise.train.memory import peak_bytes
 from shardwise.train.optimizers import Optimizers
 from shardwise.train.probe import profile_job
 from shardwise.train.state import Saver, State
+from shardwise.train.timeline import recorded_steps, timed
 
 
 class Trainer:
@@ -46,6 +47,7 @@ class Trainer:
         ahead = PREFETCH * plan.microbatches + job.workers
         self.replica.synchroniser.begin(self.state.step, self.optimizers.schedule, ahead)
         _check_early_stop(job, prepared)
+        self._timed = recorded_steps(self.state.step + 1, job.steps)
         self._batches: Batches | None = None
         self._mark = time.perf_counter()
 
@@ -83,7 +85,8 @@ class Trainer:
         """One optimizer step on this rank's share of a batch, and what the job wants done after it."""
         sets_rates = self.replica.synchroniser.schedules
         rate = self.optimizers.rate(local.step) if sets_rates else self.optimizers.schedule(local.step)
-        result = self._guarded(local)
+        with timed(self.mesh, local.step + 1, wanted=local.step + 1 in self._timed):
+            result = self._guarded(local)
         self.state.step, self.state.loss = local.step + 1, result.loss
         now = time.perf_counter()
         self._report(local, result, rate, now - self._mark)
