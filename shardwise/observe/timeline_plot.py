@@ -12,7 +12,7 @@ from shardwise.units import format_seconds
 WIDTH, LEFT, RIGHT, TOP, ROW = 640, 52, 88, 30, 26
 MOST_PIECES = 400  # of a row; more of them are drawn as what most of each half a pixel is
 MOST_ROWS = 16
-NUMBERED = 9.0  # pixels that a digit of a microbatch's number needs
+NUMBERED = 6.5  # pixels that a digit of a microbatch's number needs
 SEEN = 0.1  # pixels; what is narrower is not drawn
 COLOURS = {
     "forward": "#3b82f6",
