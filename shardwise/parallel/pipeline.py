@@ -81,7 +81,9 @@ class Pipeline:
         self._count = count
         self._ranks = group.size()
         self._runners: dict[int, Any] = {}
-        self._pieces = [_Piece(module, number, count, group, device, compute, reduce, gather, span) for number in numbers]
+        self._pieces = [
+            _Piece(module, number, count, group, device, compute, reduce, gather, span) for number in numbers
+        ]
 
     def step(self, micros: Sequence[Micro]) -> None:
         """Forward and backward of all microbatches, of which there are as many on all ranks of the pipeline.
