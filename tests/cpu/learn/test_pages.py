@@ -21,12 +21,16 @@ SMALL = {
     "03_the_data_parallel_pipeline.md": ("STEPS=24", "EVERY=8"),
     "05_why_the_model_is_split.md": ("WIDTH=128",),
     "06_pipeline_and_layer_split.md": ("STEPS=4",),
+    "07_training_and_serving_in_stages.md": ("STEPS=4",),
+    "09_data_and_model_parallelism.md": ("STEPS=4",),
 }
 TOLD = (
     "02_the_parameter_server.md",
     "04_collectives.md",
     "05_why_the_model_is_split.md",
     "06_pipeline_and_layer_split.md",
+    "07_training_and_serving_in_stages.md",
+    "09_data_and_model_parallelism.md",
 )  # pages that print what they show, but for measured numbers
 PAGES = sorted(path.name for path in LEARN.glob("[0-9]*.md"))
 PICTURE = re.compile(r"!\[[^\]]+\]\(\.\./pictures/([\w.]+)\)")
@@ -38,7 +42,7 @@ TWO_CORES = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ran
 def run_page(*told: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(LEARN / "run.py"), *told]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.environ.get("PYTHONPATH", str(ROOT))}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def compared(text: str, measured: bool) -> str:
