@@ -56,6 +56,8 @@ class StreamClock:
         return event
 
     def seconds(self, mark: Any) -> float:
+        if isinstance(mark, float):  # of a wait for host memory, which the host itself has waited
+            return mark
         mark.synchronize()
         return self._began + float(self._first.elapsed_time(mark)) / 1e3
 
@@ -141,7 +143,7 @@ class Timeline:
 
     def began(self, group: Group, op: str, sequence: int, peer: int | None) -> None:
         """An operation of a group begins now."""
-        if not self._mine() or group not in self._groups:
+        if not self._mine(at_once=isinstance(self.clock, HostClock)) or group not in self._groups:
             return
         number = self._groups.index(group)
         if len(self._operations) < MOST:
@@ -151,13 +153,13 @@ class Timeline:
 
     def waited(self, group: Group, sequence: int, began: Any, ended: Any) -> None:
         """A wait for an operation lasted from one mark to the other. One that began before the recording is unknown."""
-        if self._mine():
+        if self._mine(at_once=isinstance(began, float)):
             number = self._numbers.get((self._groups.index(group), sequence), -1) if group in self._groups else -1
             self.keep(self._waits, (number, began, ended))
 
-    def _mine(self) -> bool:
-        """Threads that serve others wait all the time; on a CUDA stream backward's threads count too."""
-        return self.on and (threading.get_ident() == self._thread or not isinstance(self.clock, HostClock))
+    def _mine(self, *, at_once: bool) -> bool:
+        """Threads that serve others wait all the time; what is not `at_once`, on a CUDA stream, is backward's too."""
+        return self.on and (threading.get_ident() == self._thread or not at_once)
 
     def _told(self, began: Any, ended: Any) -> dict[str, Any]:
         """What was recorded, as an event has it: `start` on the host's monotonic clock and `seconds`; then, in
