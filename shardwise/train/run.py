@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Sized
@@ -16,12 +15,14 @@ from shardwise.data.loader import PREFETCH, Batches, LocalStep, eval_batches, op
 from shardwise.data.order import sample_indices
 from shardwise.data.source import Prepared
 from shardwise.errors import NonFiniteLoss, SpecError, did_you_mean
+from shardwise.models.partial import build_part, copy_without_memory
 from shardwise.parallel.blame import name_of, user_code
 from shardwise.parallel.parallelize import Replica, parallelize
 from shardwise.parallel.step import StepResult, evaluate, step
 from shardwise.plan.search import filling
 from shardwise.plan.stages import chain, with_stages
 from shardwise.spec.job import TrainJob
+from shardwise.spec.layout import holds
 from shardwise.spec.plan import Plan
 from shardwise.train.memory import peak_bytes
 from shardwise.train.optimizers import Optimizers
@@ -220,7 +221,8 @@ def _check_early_stop(job: TrainJob, prepared: Prepared) -> None:
 
 def cut_here(job: TrainJob, plan: Plan, prepared: Prepared) -> Plan:
     """The plan with stages where nobody has cut the model before; the same on every rank."""
-    copied = structs.replace(job, model=lambda: copy.deepcopy(job.model()))  # it may be the user's own module
+    # a copy, since it may be the user's own module
+    copied = structs.replace(job, model=lambda: copy_without_memory(build_part(job.model, lambda _: False)))
     profile = profile_job(copied, prepared, cuts=True)
     if plan.microbatches == 1 and not profile.batch_norms:
         most = max(1, job.global_batch // plan.replicas)
@@ -230,12 +232,13 @@ def cut_here(job: TrainJob, plan: Plan, prepared: Prepared) -> Plan:
 
 
 def build_replica(job: TrainJob, plan: Plan, mesh: Mesh, *, scratch: Path | None = None) -> Replica:
-    """The job's module, the same on every rank, obeying the plan; `scratch` is a folder for what is offloaded."""
+    """The job's module with the values of one process, obeying the plan; `scratch` is a folder for what is offloaded."""
     import torch
 
     torch.manual_seed(job.seed)
     with user_code("model of the job"):
-        module = job.model()
+        cut = plan.pipeline > 1
+        module = build_part(job.model, lambda name: holds(f"model/{name}", plan, mesh.rank)) if cut else job.model()
     return parallelize(
         module,
         plan,
