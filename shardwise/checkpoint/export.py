@@ -57,8 +57,8 @@ def export(
 
     - `safetensors`: `model.safetensors`, for `safetensors.torch.load_model` and `load_state_dict`;
     - `dcp`: model and optimizers under `model` and `optim`, as `torch.distributed.checkpoint.state_dict` names them;
-    - `transformers`: what `save_pretrained` of a `PreTrainedModel` writes, or a Llama of our GPT. It needs the
-      `module` that was trained, built anew; the checkpoint is loaded into it.
+    - `transformers`: what `save_pretrained` of a `PreTrainedModel` writes, or of a model of `peft` (its adapter alone),
+      or a Llama of our GPT. It needs the `module` that was trained, built anew; the checkpoint is loaded into it.
 
     `tokenizer`, a `tokenizer.json`, is copied beside. Raises CheckpointError for an unknown or impossible format, an
     `out` that exists or cannot be written, and a damaged checkpoint; JobError for a GPT that no Llama equals.
@@ -126,12 +126,13 @@ def _to_transformers(work: _Export) -> None:
     from shardwise.models.gpt import GPT
 
     module = work.module
-    transformers = sys.modules.get("transformers")  # not imported: then the module cannot be one of its models
-    is_pretrained = transformers is not None and isinstance(module, transformers.PreTrainedModel)
+    # not imported: then the module cannot be one of its models
+    kinds = [(sys.modules.get("transformers"), "PreTrainedModel"), (sys.modules.get("peft"), "PeftModel")]
+    is_pretrained = any(isinstance(module, getattr(package, name)) for package, name in kinds if package is not None)
     if module is None or not (is_pretrained or isinstance(module, GPT)):
         raise CheckpointError(
-            f"a {type(module).__name__} has no form in transformers, which knows its own models and our GPT (as a "
-            "Llama). Export it with --to safetensors or --to dcp."
+            f"a {type(module).__name__} has no form in transformers, which knows its own models, peft's adapters and "
+            "our GPT (as a Llama). Export it with --to safetensors or --to dcp."
         )
     restore(work.store, work.manifest, module)
     if isinstance(module, GPT):

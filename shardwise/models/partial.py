@@ -76,6 +76,7 @@ def has_memory(parameter: Tensor) -> bool:
 def copy_without_memory(module: nn.Module) -> nn.Module:
     """A deep copy with the same parameters in memory, for a run that changes none."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in module.parameters()}
+    memo |= {id(buffer): buffer.clone() for buffer in module.buffers()}
     return copy.deepcopy(module, memo)
 
 
