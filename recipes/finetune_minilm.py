@@ -42,13 +42,13 @@ def build(layers: int, lora: bool):
 
 
 def job(
-    lr: float = 1e-4, lora: bool = False, layers: int = 6, length: int = 128, batch: int = 32, steps: int = 60
+    lr: float = 1e-4, lora: bool = False, layers: int = 6, length: int = 64, batch: int = 16, steps: int = 60
 ) -> sw.TrainJob:
     return sw.TrainJob(
         model=lambda: build(layers, lora),
         loss=sw.cross_entropy,
         forward=lambda model, batch: model(tokens=batch["tokens"], mask=batch["mask"]),
-        data=sw.imdb(vocab=30522, length=length, held_out=0.02, tokenizer=sw.minilm() / "tokenizer.json"),
+        data=sw.imdb(vocab=30522, length=length, held_out=0.01, tokenizer=sw.minilm() / "tokenizer.json"),
         optimizer=sw.adamw(lr=lr * 10 if lora else lr, weight_decay=0.01, warmup=6, schedule="linear"),
         metrics={"accuracy": sw.accuracy},
         global_batch=batch,

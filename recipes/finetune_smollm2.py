@@ -30,7 +30,7 @@ def build(layers: int, lora: bool):
 
 
 def job(
-    lr: float = 1e-4, lora: bool = False, layers: int = 30, context: int = 128, batch: int = 8, steps: int = 30
+    lr: float = 1e-4, lora: bool = False, layers: int = 30, context: int = 128, batch: int = 4, steps: int = 30
 ) -> sw.TrainJob:
     library = Path(sysconfig.get_paths()["stdlib"])
     return sw.TrainJob(

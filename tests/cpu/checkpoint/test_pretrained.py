@@ -81,9 +81,7 @@ def test_a_rank_reads_its_part_alone(tmp_path: Path, monkeypatch: pytest.MonkeyP
     found = stored(tmp_path)
     read: list[tuple[int, ...]] = []
     pieces = module_under_test._Stored.pieces
-    monkeypatch.setattr(
-        module_under_test._Stored, "pieces", lambda self: [read.append(self.shape), *pieces(self)][1:]
-    )
+    monkeypatch.setattr(module_under_test._Stored, "pieces", lambda self: [read.append(self.shape), *pieces(self)][1:])
     module = build_part(lambda: pretrained(net(), tmp_path), lambda name: name.startswith("2."))
     assert (50, 40) not in read
     assert (3, 50) in read

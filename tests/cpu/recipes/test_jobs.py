@@ -21,7 +21,8 @@ BATCHES: dict[str, Any] = {
 
 
 def test_every_recipe_is_tried() -> None:
-    assert {path.stem for path in RECIPES.glob("*.py")} == set(BATCHES)
+    fine = {"finetune_smollm2", "finetune_minilm"}  # begin with weights that are fetched: tests/cpu/train
+    assert {path.stem for path in RECIPES.glob("*.py")} == set(BATCHES) | fine
 
 
 @pytest.mark.parametrize("name", BATCHES)
