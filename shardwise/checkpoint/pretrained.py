@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from shardwise.checkpoint.tensorfile import DTYPES, dtype_of
 from shardwise.errors import CheckpointError
-from shardwise.models.partial import has_memory
+from shardwise.models.partial import parts_in_memory, reserved
+from shardwise.spec.layout import Box, whole
 
 _CHUNK_BYTES = 4 << 20
 _LONGEST_HEADER = 100 << 20  # the format's own limit
@@ -58,8 +59,8 @@ def pretrained(
     }
     _refuse_unlike(wanted, sources, named, path)
     for name, parameter in wanted.items():
-        if has_memory(parameter):
-            _copy(sources[named(name)], parameter)
+        if parts := parts_in_memory(parameter):
+            _copy(sources[named(name)], parameter, parts)
     return module
 
 
@@ -178,11 +179,13 @@ def _refuse_unlike(
 
 
 @torch.no_grad()
-def _copy(source: Source, parameter: Tensor) -> None:
-    dense = parameter if parameter.is_contiguous() else torch.empty(parameter.shape, dtype=parameter.dtype)
-    flat, done = dense.detach().view(-1), 0
+def _copy(source: Source, parameter: Tensor, parts: Sequence[Box]) -> None:
+    straight = parameter.is_contiguous() and list(parts) == [whole(tuple(parameter.shape))]
+    target = parameter if straight else reserved(torch.empty(parameter.shape, dtype=parameter.dtype))
+    flat, done = target.detach().view(-1), 0
     for piece in source.pieces():
         flat[done : done + len(piece)].copy_(piece)
         done += len(piece)
-    if dense is not parameter:
-        parameter.copy_(dense)
+    if target is not parameter:
+        for box in parts:
+            parameter[box.slices].copy_(target[box.slices])

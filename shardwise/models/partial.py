@@ -3,7 +3,8 @@
 The function that makes the module runs twice. The first run tells which parameters there are and in what order they
 come to be; it draws nothing and every parameter is away: address space without memory. In the second run what the rank
 does not hold is away as soon as a module takes it. What would be written there is left out, but for random numbers,
-which are drawn and thrown away, so that the next parameter gets those that it has in one process.
+which are drawn and thrown away, so that the next parameter gets those that it has in one process. Of a parameter that
+the rank holds some rows of, the whole is computed elsewhere and the rows are kept.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import copy
 import gc
 import mmap
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,53 +25,75 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from shardwise.errors import JobError
+from shardwise.spec.layout import Box, Shape, whole
 
-Holds = Callable[[str], bool]  # the name of a parameter -> whether this rank has it
+Holds = Callable[[str, Shape], Sequence[Box]]  # a parameter's name and shape -> what this rank has of it
 _SHAPES_ONLY = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")
 _NEW = ("new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided")
 _RAW = (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.data_ptr)  # what looks past torch's operators
-_away: set[int] = set()  # the storages that are away, in the build that runs now
+_partial: dict[int, Sequence[Box]] = {}  # by storage, in the build that runs now
+# In-place operators each of whose results follows from the same element alone, or from none.
+_ELEMENTWISE = frozenset(
+    """add_ bernoulli_ cauchy_ clamp_ clamp_max_ clamp_min_ copy_ div_ erfinv_ exp_ exponential_ eye fill_ geometric_
+    log_normal_ masked_fill_ mul_ neg_ normal_ random_ sqrt_ sub_ uniform_ zero_""".split()  # noqa: SIM905
+)
 
 
-def build_part(model: Callable[[], nn.Module], holds: Holds) -> nn.Module:
-    """`model()`, of whose parameters those that `holds` does not name are zeros without memory, never to be read.
+class Built(NamedTuple):
+    """A module, and whether it is by part: then what a rank does not hold of a parameter is zeros without memory."""
+
+    module: nn.Module
+    by_part: bool
+
+
+def build_part(model: Callable[[], nn.Module], holds: Holds) -> Built:
+    """`model()`, whose parameters have values where `holds` says; what else they have is never to be read.
 
     At most what is held and one tensor more is in memory at a time, besides what the function keeps itself. A
     parameter that others are computed from is there until the end, and a function that does not do the same twice
     builds the module whole. Raises JobError for one that hands out what it has built before.
     """
     if active_fake_mode() is not None:
-        return model()  # nothing there has memory
-    first = _Build(lambda _: True, draws=False)
+        return Built(model(), by_part=False)  # nothing there has memory
+    first = _Build(lambda _: (), draws=False)
     with _same_chances():
         module = first.run(model)
     if not any(id(p) in first.numbers for p in module.parameters()):
-        return module  # it was there before
+        return Built(module, by_part=False)  # it was there before
     names = first.names(module)
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    held = {number: holds(name, shapes[name]) for number, name in names.items() if number not in first.read}
+    parts = {number: boxes for number, boxes in held.items() if list(boxes) != [whole(shapes[names[number]])]}
     first.release()
     del module
     gc.collect()
-    away = {number for number, name in names.items() if not holds(name)} - first.read
     with _same_chances(keep=False) as restart:
-        second = _Build(away.__contains__, draws=True)
+        second = _Build(parts.get, draws=True)
         module = second.run(model)
-        same = second.names(module) == names and not second.read & away
+        same = second.names(module) == names and not second.read & parts.keys()
         _refuse_built_before(module, first)
         if not same:
             restart()
             module = model()
             _refuse_built_before(module, second)
-    return module
+    return Built(module, by_part=same)
 
 
-def has_memory(parameter: Tensor) -> bool:
-    """Whether a parameter's values count in the build that runs now: not where it is away or a fake one."""
+def parts_in_memory(parameter: Tensor) -> Sequence[Box]:
+    """Where a parameter's values count in the build that runs now: nowhere in one that is away, or a fake one."""
     if is_fake(parameter) or parameter.device.type == "meta":
-        return False
-    return _storage(parameter) not in _away
+        return ()
+    return _partial.get(_storage(parameter), (whole(tuple(parameter.shape)),))
+
+
+def reserved(like: Tensor) -> Tensor:
+    """A tensor of zeros of the same shape, strides and dtype, whose pages exist once somebody writes into them."""
+    elements = 1 + sum((extent - 1) * stride for extent, stride in zip(like.shape, like.stride(), strict=True))
+    pages = mmap.mmap(-1, max(1, elements) * like.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=like.dtype).as_strided(like.shape, like.stride())
 
 
 def copy_without_memory(module: nn.Module) -> nn.Module:
@@ -80,22 +103,32 @@ def copy_without_memory(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-class _Build:
-    """One run of the function. Parameters are numbered as they come; those that `leaves` are away at once."""
+class _Away(NamedTuple):
+    """A parameter that is not whole in memory: its number, its data, and where the data count."""
 
-    def __init__(self, leaves: Callable[[int], bool], *, draws: bool) -> None:
+    number: int
+    data: Tensor
+    parts: Sequence[Box]
+
+
+class _Build:
+    """One run of the function. Parameters are numbered as they come; `parts` says where those count that are not whole
+    (None for the others)."""
+
+    def __init__(self, parts: Callable[[int], Sequence[Box] | None], *, draws: bool) -> None:
         self.numbers: dict[int, int] = {}  # by id
         self.read: set[int] = set()  # the numbers of those whose values something took
-        self.gone: dict[int, tuple[int, Tensor]] = {}  # by storage, which is kept so that no other has its number
+        self.draws = draws
+        self._away: dict[int, _Away] = {}  # by storage, which is kept so that no other has its number
         self._parameters: list[nn.Parameter] = []
-        self._leaves, self._draws = leaves, draws
+        self._parts = parts
 
     def run(self, model: Callable[[], nn.Module]) -> nn.Module:
         with ExitStack() as stack:
-            stack.callback(_away.clear)
+            stack.callback(_partial.clear)
             stack.callback(register_module_parameter_registration_hook(self._registered).remove)
             stack.enter_context(self._copies())
-            stack.enter_context(_Operators(self, self._draws))
+            stack.enter_context(_Operators(self))
             stack.enter_context(_Raw(self))
             module = model()
         if not isinstance(module, nn.Module):
@@ -115,10 +148,9 @@ class _Build:
             if parameter.device.type == "cpu":
                 parameter.data = torch.empty(0, dtype=parameter.dtype)
 
-    def number_of(self, tensor: Tensor) -> int | None:
-        """The number of the parameter that is away and that this is, or is a view of."""
-        found = self.gone.get(_storage(tensor)) if _has_storage(tensor) else None
-        return found[0] if found is not None else None
+    def away(self, tensor: Tensor) -> _Away | None:
+        """What is known of the parameter that this is, or is a view of, if it is not whole in memory."""
+        return self._away.get(_storage(tensor)) if _has_storage(tensor) else None
 
     def _registered(self, _: nn.Module, __: str, parameter: Tensor | None) -> None:
         if isinstance(parameter, nn.Parameter):
@@ -132,13 +164,15 @@ class _Build:
         self._parameters.append(parameter)
         if type(parameter.data) is not Tensor or not _has_storage(parameter) or parameter.device.type != "cpu":
             return
-        other = self.number_of(parameter)
+        other, parts = self.away(parameter), self._parts(number)
         if other is not None or parameter.untyped_storage().nbytes() != parameter.nbytes:
-            self.read |= {number} if other is None else {number, other}  # it shares memory with something
-        elif self._leaves(number) and parameter.nbytes >= mmap.PAGESIZE:
-            parameter.data = _reserved(parameter)
-            self.gone[_storage(parameter)] = number, parameter.data
-            _away.add(_storage(parameter))
+            self.read |= {number} if other is None else {number, other.number}  # it shares memory with something
+        elif parts is not None and parameter.nbytes >= mmap.PAGESIZE:
+            made = parameter.data
+            parameter.data = reserved(parameter)
+            _copy_parts(made, parameter.data, parts)
+            self._away[_storage(parameter)] = _Away(number, parameter.data, parts)
+            _partial[_storage(parameter)] = parts
 
     @contextmanager
     def _copies(self) -> Iterator[None]:
@@ -162,34 +196,34 @@ class _Build:
 class _Operators(TorchDispatchMode):
     """Leaves out what is written into parameters that are away, draws their random numbers, and sees who reads them."""
 
-    def __init__(self, build: _Build, draws: bool) -> None:
+    def __init__(self, build: _Build) -> None:
         super().__init__()
-        self._build, self._draws = build, draws
+        self._build = build
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        numbers = {id(t): self._number(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        gone = {each for each, number in numbers.items() if number is not None}
-        if not gone or _is_view(func) or func.overloadpacket.__name__ in (*_SHAPES_ONLY, *_NEW):
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        found = [(tensor, away) for tensor in given if (away := self._build.away(tensor)) is not None]
+        name, random = func.overloadpacket.__name__, torch.Tag.nondeterministic_seeded in func.tags
+        if not found or _is_view(func) or name in (*_SHAPES_ONLY, *_NEW):
             return func(*args, **kwargs)
         written = _written(func, args, kwargs)
-        skips = bool(written) and all(id(t) in gone for t in written) and len(func._schema.returns) == 1
-        self._build.read |= {n for each, n in numbers.items() if n is not None and each not in map(id, written)}
-        if not skips:
-            self._build.read |= {n for n in numbers.values() if n is not None}
+        alone = len(written) == len(func._schema.returns) == 1 and (random or name in _ELEMENTWISE)
+        target = written[0] if alone else None
+        self._build.read |= {away.number for tensor, away in found if tensor is not target}
+        away = self._build.away(target) if target is not None else None
+        if target is None or away is None or (away.parts and not _alike(target, away.data)):
             return func(*args, **kwargs)
-        if self._draws and torch.Tag.nondeterministic_seeded in func.tags:
-            func(*tree_map(self._elsewhere, args), **tree_map(self._elsewhere, kwargs))
-        return written[0]
-
-    def _number(self, tensor: Tensor) -> int | None:
-        return self._build.number_of(tensor)
-
-    def _elsewhere(self, leaf: Any) -> Any:
-        """The same place in memory order, so that as many numbers are drawn in the same way, and then forgotten."""
-        if not isinstance(leaf, Tensor) or self._number(leaf) is None:
-            return leaf
-        return _reserved(leaf)
+        if away.parts or (random and self._build.draws):
+            # the same place in memory order, so that as many numbers are drawn in the same way
+            made = reserved(target)
+            _copy_parts(target, made, away.parts)
+            func(
+                *(made if arg is target else arg for arg in args),
+                **{k: made if v is target else v for k, v in kwargs.items()},
+            )
+            _copy_parts(made, target, away.parts)
+        return target
 
 
 class _Raw(TorchFunctionMode):
@@ -201,9 +235,18 @@ class _Raw(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _RAW:
-            number = self._build.number_of(args[0])
-            self._build.read |= set() if number is None else {number}
+            away = self._build.away(args[0])
+            self._build.read |= set() if away is None else {away.number}
         return func(*args, **(kwargs or {}))
+
+
+def _copy_parts(source: Tensor, target: Tensor, parts: Sequence[Box]) -> None:
+    for box in parts:
+        target.detach()[box.slices].copy_(source.detach()[box.slices])
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return (one.shape, one.stride(), one.storage_offset()) == (other.shape, other.stride(), other.storage_offset())
 
 
 def _is_view(func: Any) -> bool:
@@ -219,13 +262,6 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
         if argument.alias_info is not None and argument.alias_info.is_write:
             found += [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
     return found
-
-
-def _reserved(like: Tensor) -> Tensor:
-    """A tensor of the same shape, strides and dtype, whose pages exist once somebody writes into them."""
-    elements = 1 + sum((extent - 1) * stride for extent, stride in zip(like.shape, like.stride(), strict=True))
-    pages = mmap.mmap(-1, max(1, elements) * like.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=like.dtype).as_strided(like.shape, like.stride())
 
 
 def _has_storage(tensor: Tensor) -> bool:

@@ -26,7 +26,7 @@ from shardwise.parallel.precision import Formats, LossScaler
 from shardwise.parallel.recompute import Recomputed, recomputing
 from shardwise.parallel.reducer import Reducer
 from shardwise.parallel.scatter import Scatter
-from shardwise.parallel.sharded import gathered, whole_at_rest
+from shardwise.parallel.sharded import built_by_rows, gathered, whole_at_rest
 from shardwise.parallel.statistics import Totals
 from shardwise.parallel.ties import kept
 from shardwise.parallel.units import Units
@@ -302,13 +302,15 @@ def parallelize(
     logical_shards: int = 4,
     allow: Sequence[str] = (),
     scratch: str | Path | None = None,
+    by_part: bool = False,
 ) -> Replica:
     """Make `module` a replica on this rank: moved to the mesh's device, with the first replica's values, in place.
     With a pipeline it has the parameters of this rank's stages alone. Collective.
 
     `logical_shards` is the number of shards of the global batch in exact mode; `allow` names the words
-    that `sync=auto` may choose; `scratch` is a folder on the disk that `offload` may use. Raises
-    SpecError for what the plan asks and this version cannot do, JobError when the ranks built different modules.
+    that `sync=auto` may choose; `scratch` is a folder on the disk that `offload` may use. `by_part`: the module has
+    values only where this rank's part of it is. Raises SpecError for what the plan asks and this version cannot do,
+    JobError when the ranks built different modules.
     """
     refuse_unbuilt(plan)
     refuse_host(plan, mesh.device.type)
@@ -319,10 +321,11 @@ def parallelize(
     pipelined = _pipelined(module, plan, mesh) if plan.pipeline > 1 else None
     _place(module, plan, mesh)
     axis = mesh.axis("batch")
-    _refuse_unlike(module, mesh)
+    _refuse_unlike(module, mesh, by_part=by_part)
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
-    if axis.group is not None:
-        broadcast_all(_held(module, plan, mesh.rank), axis.group)
+    alike = mesh.axis("data") if by_part and built_by_rows(plan) else axis
+    if alike.group is not None:
+        broadcast_all(_held(module, plan, mesh.rank), alike.group)
     sync = _synchronised(norms, plan, mesh) if batch_norm == "sync" and axis.size > 1 else None
     recomputed = recomputing(module, plan, synced_norms=sync is not None, compile=compile)
     if pipelined is not None:
@@ -433,13 +436,13 @@ def _refuse_with_pipeline(module: nn.Module, plan: Plan, coupled: str, *, compil
         )
 
 
-def _refuse_unlike(module: nn.Module, mesh: Mesh) -> None:
+def _refuse_unlike(module: nn.Module, mesh: Mesh, *, by_part: bool) -> None:
     """Raise JobError on every rank when names, shapes or dtypes of the modules differ."""
     groups = [axis.group for axis in (mesh.axis("batch"), mesh.axis("pipeline")) if axis.group is not None]
     if not groups:
         return
     tensors = [*module.named_parameters(), *module.named_buffers()]
-    described = "\n".join(f"{name} {tuple(t.shape)} {t.dtype} {t.requires_grad}" for name, t in tensors)
+    described = "\n".join(f"{name} {tuple(t.shape)} {t.dtype} {t.requires_grad}" for name, t in tensors) + f"{by_part}"
     number = float(int.from_bytes(hashlib.sha256(described.encode()).digest()[:6], "little"))
     for group in groups:
         most, least = largest([number, -number], group, mesh.device)

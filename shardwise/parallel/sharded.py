@@ -29,6 +29,11 @@ def whole_at_rest(plan: Plan) -> bool:
     return plan.shard == 1 or plan.zero < 3
 
 
+def built_by_rows(plan: Plan) -> bool:
+    """Whether a rank builds its rows alone; a tensor axis cuts before rows are taken, and cuts what is whole."""
+    return not whole_at_rest(plan) and plan.tensor == 1
+
+
 def gathered(module: nn.Module, names: Sequence[str], mesh: Mesh) -> Units:
     """The parameters called `names` are this rank's rows from now on, and whole while they compute."""
     group = mesh.axis("shard").group
@@ -37,7 +42,7 @@ def gathered(module: nn.Module, names: Sequence[str], mesh: Mesh) -> Units:
     cuts = []
     for name, p in module.named_parameters():
         if name in places and p.dim():
-            whole = nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format), p.requires_grad)
+            whole = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=p.device), p.requires_grad)
             cuts.append(Cut(name, whole, p, places[name]))
     return Units(module, cuts, group)
 

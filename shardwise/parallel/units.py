@@ -39,7 +39,8 @@ class Unit:
         """From now on the module has this rank's rows, and the whole takes no memory while the unit is closed."""
         for kind, rows in zip(self._kinds, self._rows, strict=True):
             for index, cut in enumerate(kind):
-                cut.own.data = rows.own(index, cut.whole.data, self._group.rank()).clone()
+                mine = rows.own(index, cut.own.data, self._group.rank())
+                cut.own.data = mine.clone(memory_format=torch.contiguous_format)
         self.opened = True
         self.close()
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sized
 from pathlib import Path
+from collections.abc import Sequence, Sized
 
 from msgspec import structs
 
@@ -15,14 +15,15 @@ from shardwise.data.loader import PREFETCH, Batches, LocalStep, eval_batches, op
 from shardwise.data.order import sample_indices
 from shardwise.data.source import Prepared
 from shardwise.errors import NonFiniteLoss, SpecError, did_you_mean
-from shardwise.models.partial import build_part, copy_without_memory
+from shardwise.models.partial import Built, build_part, copy_without_memory
 from shardwise.parallel.blame import name_of, user_code
 from shardwise.parallel.parallelize import Replica, parallelize
+from shardwise.parallel.sharded import built_by_rows
 from shardwise.parallel.step import StepResult, evaluate, step
 from shardwise.plan.search import filling
 from shardwise.plan.stages import chain, with_stages
 from shardwise.spec.job import TrainJob
-from shardwise.spec.layout import holds
+from shardwise.spec.layout import Box, Shape, boxes
 from shardwise.spec.plan import Plan
 from shardwise.train.memory import peak_bytes
 from shardwise.train.optimizers import Optimizers
@@ -222,7 +223,7 @@ def _check_early_stop(job: TrainJob, prepared: Prepared) -> None:
 def cut_here(job: TrainJob, plan: Plan, prepared: Prepared) -> Plan:
     """The plan with stages where nobody has cut the model before; the same on every rank."""
     # a copy, since it may be the user's own module
-    copied = structs.replace(job, model=lambda: copy_without_memory(build_part(job.model, lambda _: False)))
+    copied = structs.replace(job, model=lambda: copy_without_memory(build_part(job.model, lambda *_: ()).module))
     profile = profile_job(copied, prepared, cuts=True)
     if plan.microbatches == 1 and not profile.batch_norms:
         most = max(1, job.global_batch // plan.replicas)
@@ -237,10 +238,12 @@ def build_replica(job: TrainJob, plan: Plan, mesh: Mesh, *, scratch: Path | None
 
     torch.manual_seed(job.seed)
     with user_code("model of the job"):
-        cut = plan.pipeline > 1
-        module = build_part(job.model, lambda name: holds(f"model/{name}", plan, mesh.rank)) if cut else job.model()
+        if plan.pipeline > 1 or built_by_rows(plan):
+            built = build_part(job.model, lambda name, shape: _part(name, shape, plan, mesh.rank))
+        else:
+            built = Built(job.model(), by_part=False)
     return parallelize(
-        module,
+        built.module,
         plan,
         mesh,
         batch_norm=job.batch_norm,
@@ -249,7 +252,14 @@ def build_replica(job: TrainJob, plan: Plan, mesh: Mesh, *, scratch: Path | None
         logical_shards=job.logical_shards,
         allow=job.allow,
         scratch=scratch,
+        by_part=built.by_part,
     )
+
+
+def _part(name: str, shape: Shape, plan: Plan, rank: int) -> Sequence[Box]:
+    """What a rank builds of a parameter: all of what its stages have, and of that its rows where it keeps no more."""
+    cut = structs.replace(plan, splits={}, zero=plan.zero if built_by_rows(plan) else 1)
+    return boxes(f"model/{name}", shape, cut, rank)
 
 
 def evaluate_replica(replica: Replica, prepared: Prepared, job: TrainJob) -> dict[str, float]:

@@ -18,6 +18,7 @@ from shardwise.checkpoint.pretrained import pretrained
 from shardwise.data.gguf import llama_config, read_gguf
 from shardwise.errors import CheckpointError
 from shardwise.models.partial import build_part
+from shardwise.spec.layout import Box, whole
 
 gguf = pytest.importorskip("gguf")
 
@@ -82,11 +83,24 @@ def test_a_rank_reads_its_part_alone(tmp_path: Path, monkeypatch: pytest.MonkeyP
     read: list[tuple[int, ...]] = []
     pieces = module_under_test._Stored.pieces
     monkeypatch.setattr(module_under_test._Stored, "pieces", lambda self: [read.append(self.shape), *pieces(self)][1:])
-    module = build_part(lambda: pretrained(net(), tmp_path), lambda name: name.startswith("2."))
+    module, _ = build_part(
+        lambda: pretrained(net(), tmp_path), lambda name, shape: (whole(shape),) if name.startswith("2.") else ()
+    )
     assert (50, 40) not in read
     assert (3, 50) in read
     assert torch.equal(module.get_parameter("2.weight"), found["2.weight"])
     assert not module.get_parameter("0.weight").detach().any()
+
+
+def test_of_a_parameter_the_rows_that_a_rank_has(tmp_path: Path) -> None:
+    found = stored(tmp_path)
+    half = Box((25, 0), (25, 40))
+    module, by_part = build_part(
+        lambda: pretrained(net(), tmp_path), lambda name, shape: (half,) if name == "0.weight" else (whole(shape),)
+    )
+    assert by_part
+    assert torch.equal(module.get_parameter("0.weight")[25:], found["0.weight"][25:])
+    assert not module.get_parameter("0.weight").detach()[:25].any()
 
 
 def write_llama(path: Path, quantised: str, **more: Any) -> dict[str, torch.Tensor]:

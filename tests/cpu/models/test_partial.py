@@ -17,7 +17,9 @@ from torch import nn
 
 from shardwise.errors import JobError
 from shardwise.models.gpt import GPT
-from shardwise.models.partial import build_part, has_memory
+from shardwise.models.partial import Holds, build_part, parts_in_memory
+from shardwise.spec.layout import boxes, whole
+from shardwise.spec.plan import Plan
 from tests.ranks import Rank, run_ranks
 
 PAGE = resource.getpagesize()
@@ -78,6 +80,16 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def all_of(names: Callable[[str], bool]) -> Holds:
+    """Whole parameters or nothing."""
+    return lambda name, shape: (whole(shape),) if names(name) else ()
+
+
+def rows_of(rank: int, ranks: int) -> Holds:
+    """What a rank of a shard axis has."""
+    return lambda name, shape: boxes(f"model/{name}", shape, Plan(shard=ranks, zero=3), rank)
+
+
 def drawn() -> tuple[float, float]:
     return float(torch.rand(())), random.random()
 
@@ -87,38 +99,50 @@ def drawn() -> tuple[float, float]:
 def test_what_is_held_is_what_one_process_has(name: str, part: int) -> None:
     torch.manual_seed(3)
     random.seed(3)
-    whole, after = MODELS[name](), drawn()
-    mine = set([each for each, _ in whole.named_parameters()][part::2])
+    expected, after = MODELS[name](), drawn()
+    mine = set([each for each, _ in expected.named_parameters()][part::2])
     torch.manual_seed(3)
     random.seed(3)
-    module = build_part(MODELS[name], mine.__contains__)
+    module = build_part(MODELS[name], all_of(mine.__contains__)).module
     assert drawn() == after
-    assert [each for each, _ in module.named_parameters()] == [each for each, _ in whole.named_parameters()]
+    assert [each for each, _ in module.named_parameters()] == [each for each, _ in expected.named_parameters()]
     for each, parameter in module.named_parameters():
-        expected = whole.get_parameter(each)
-        assert (parameter.shape, parameter.dtype, parameter.stride()) == (
-            expected.shape,
-            expected.dtype,
-            expected.stride(),
-        )
+        there = expected.get_parameter(each)
+        assert (parameter.shape, parameter.dtype) == (there.shape, there.dtype)
+        assert parameter.stride() == there.stride()
         if each in mine:
-            assert torch.equal(parameter, expected), each
+            assert torch.equal(parameter, there), each
         elif name != "parameters of parameters" and parameter.nbytes >= PAGE:
             assert not parameter.detach().any(), each
-    for (each, buffer), (_, expected) in zip(module.named_buffers(), whole.named_buffers(), strict=True):
-        assert torch.equal(buffer, expected), each
+    for (each, buffer), (_, other) in zip(module.named_buffers(), expected.named_buffers(), strict=True):
+        assert torch.equal(buffer, other), each
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_are_those_of_one_process(name: str) -> None:
+    torch.manual_seed(3)
+    random.seed(3)
+    expected, after = MODELS[name](), drawn()
+    for rank in range(3):
+        torch.manual_seed(3)
+        random.seed(3)
+        module, by_part = build_part(MODELS[name], rows_of(rank, 3))
+        assert (drawn(), by_part) == (after, True)
+        for each, parameter in module.named_parameters():
+            for box in rows_of(rank, 3)(each, tuple(parameter.shape)):
+                assert torch.equal(parameter[box.slices], expected.get_parameter(each)[box.slices]), each
 
 
 def test_a_module_that_was_there_before_is_left_alone() -> None:
     module = nn.Linear(64, 64)
     before = module.weight.detach().clone()
-    assert build_part(lambda: module, lambda _: False) is module
+    assert build_part(lambda: module, lambda *_: ()) == (module, False)
     assert torch.equal(module.weight, before)
 
 
 def test_one_that_is_handed_out_twice_is_refused() -> None:
     with pytest.raises(JobError, match="build a new module in each call"):
-        build_part(functools.cache(lambda: nn.Linear(64, 64)), lambda _: False)
+        build_part(functools.cache(lambda: nn.Linear(64, 64)), lambda *_: ())
 
 
 def test_a_function_that_does_not_do_the_same_twice_builds_it_whole() -> None:
@@ -132,9 +156,10 @@ def test_a_function_that_does_not_do_the_same_twice_builds_it_whole() -> None:
     torch.manual_seed(5)
     expected = [nn.Linear(64, 64), nn.Linear(64, 32)]
     torch.manual_seed(5)
-    module = build_part(model, lambda _: False)
-    assert len(calls) == 3
-    assert all(torch.equal(a, b.weight) for a, b in zip([p for p in module.parameters() if p.ndim > 1], expected))
+    module, by_part = build_part(model, lambda *_: ())
+    assert (len(calls), by_part) == (3, False)
+    found = [p for p in module.parameters() if p.ndim > 1]
+    assert all(torch.equal(a, b.weight) for a, b in zip(found, expected, strict=True))
 
 
 def test_who_fills_parameters_knows_which_have_memory() -> None:
@@ -142,10 +167,10 @@ def test_who_fills_parameters_knows_which_have_memory() -> None:
 
     def model() -> nn.Module:
         module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
-        found[:] = [has_memory(part.weight) for part in module]
+        found[:] = [bool(parts_in_memory(part.weight)) for part in module]
         return module
 
-    build_part(model, lambda name: name.startswith("1"))
+    build_part(model, all_of(lambda name: name.startswith("1")))
     assert found == [False, True]
     model()
     assert found == [True, True]
@@ -157,19 +182,19 @@ def test_after_an_error_modules_are_built_as_ever() -> None:
         raise RuntimeError("on purpose")
 
     with pytest.raises(RuntimeError, match="on purpose"):
-        build_part(model, lambda _: False)
+        build_part(model, lambda *_: ())
     copied = copy.deepcopy(nn.Linear(64, 64))
-    assert has_memory(copied.weight)
+    assert parts_in_memory(copied.weight) == (whole((64, 64)),)
     assert bool(copied.weight.detach().any())
 
 
-def peak_growth(rank: Rank, held: Callable[[str], bool]) -> tuple[int, int, int]:
+def peak_growth(rank: Rank, holds: Holds) -> tuple[int, int, int]:
     """By how many bytes building raises the most that this process has had in memory; what is held; the largest."""
-    build_part(lambda: nn.Linear(64, 64), lambda _: False)  # what it loads on first use is loaded
+    build_part(lambda: nn.Linear(64, 64), lambda *_: ())  # what it loads on first use is loaded
     Path("/proc/self/clear_refs").write_text("5")
     before = _high_water()
-    module = build_part(lambda: nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(24))), held)
-    mine = sum(p.nbytes for name, p in module.named_parameters() if held(name))
+    module = build_part(lambda: nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(24))), holds).module
+    mine = sum(4 * box.size for name, p in module.named_parameters() for box in holds(name, tuple(p.shape)))
     return _high_water() - before, mine, max(p.nbytes for p in module.parameters())
 
 
@@ -179,9 +204,12 @@ def _high_water() -> int:
 
 
 def test_the_peak_is_what_is_held_and_one_tensor() -> None:
-    (grew, mine, largest) = run_ranks(1, peak_growth, lambda name: int(name.split(".")[0]) < 6)[0]
+    (grew, mine, largest) = run_ranks(1, peak_growth, all_of(lambda name: int(name.split(".")[0]) < 6))[0]
     assert mine == 6 * (1024 + 1) * 1024 * 4
     assert mine <= grew < mine + largest + 8 * 2**20
-    (grew, mine, _) = run_ranks(1, peak_growth, lambda name: True)[0]
+    (grew, mine, largest) = run_ranks(1, peak_growth, rows_of(1, 4))[0]
+    assert mine == 24 * (1024 + 1) * 256 * 4
+    assert 0.9 * mine <= grew < mine + 2 * largest + 8 * 2**20
+    (grew, mine, _) = run_ranks(1, peak_growth, all_of(lambda name: True))[0]
     assert mine == 24 * (1024 + 1) * 1024 * 4
     assert grew > 0.9 * mine

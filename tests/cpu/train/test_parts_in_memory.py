@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +100,9 @@ def whole(rank: Rank, folder: Path) -> tuple[int, dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]:
+def weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     folder = tmp_path_factory.mktemp("weights")
-    yield folder, run_ranks(1, write, folder, timeout_s=120)[0]
+    return folder, run_ranks(1, write, folder, timeout_s=120)[0]
 
 
 @pytest.mark.slow
