@@ -1,7 +1,8 @@
-"""No rank of a pipeline ever has the whole model in memory: pretrained weights of 209 MB on four ranks."""
+"""No rank ever has the whole model in memory: pretrained weights of 211 MiB on four ranks, by stages and by rows."""
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -77,20 +78,22 @@ def warm(rank: Rank, tiny: sw.TrainJob, cache: Path, world: int) -> None:
     cut_here(tiny, Plan(pipeline=world, microbatches=4), prepared(tiny, cache))
 
 
-def load(rank: Rank, folder: Path | None, cache: Path) -> tuple[list[int], dict[str, float]]:
+def load(rank: Rank, plan: Plan, folder: Path | None, cache: Path) -> tuple[list[int], dict[str, float]]:
     """[bytes held, of the largest tensor, at the peak of building, at that of a step too], sums of what is held."""
     described = job(folder)
-    data, mesh = prepared(described, cache), rank.mesh(Plan(pipeline=rank.world, microbatches=4))
+    data, mesh = prepared(described, cache), rank.mesh(plan)
     warm(rank, job(None, layers=8, width=64), cache, rank.world)
     water = HighWater()
-    trainer = Trainer(described, mesh.plan, mesh, data, Saver(None, mesh, described))
+    trainer = Trainer(described, plan, mesh, data, Saver(None, mesh, described))
     built, module = water.bytes, trainer.replica.module
-    held = {name: p for name, p in module.named_parameters() if holds(f"model/{name}", trainer.plan, rank.rank)}
-    sums = {name: float(p.detach().double().sum()) for name, p in held.items()}
+    names = {name for name in trainer.replica.shapes if holds(f"model/{name}", trainer.plan, rank.rank)}
+    held = {name: p.detach() for name, p in module.named_parameters() if name in names}
+    sums = {name: float(p.double().sum()) for name, p in held.items()}
+    mine, largest = sum(p.nbytes for p in held.values()), max(prod(shape) for shape in trainer.replica.shapes.values())
     trainer.train()
     trained = water.bytes
     trainer.close()
-    return [sum(p.nbytes for p in held.values()), max(p.nbytes for p in module.parameters()), built, trained], sums
+    return [mine, 4 * largest, built, trained], sums
 
 
 def whole(rank: Rank, folder: Path) -> tuple[int, dict[str, float]]:
@@ -106,16 +109,20 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
 
 
 @pytest.mark.slow
-def test_a_rank_has_its_part_in_memory_and_never_the_whole(weights: tuple[Path, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize("plan", [Plan(pipeline=4, microbatches=4), Plan(shard=4, zero=3)], ids=str)
+def test_a_rank_has_its_part_in_memory_and_never_the_whole(
+    plan: Plan, weights: tuple[Path, int], tmp_path: Path
+) -> None:
     folder, size = weights
     assert size > 200e6
     peak, expected = run_ranks(1, whole, folder, timeout_s=120)[0]
     assert peak > 0.9 * size
-    ranks = run_ranks(4, load, folder, tmp_path, timeout_s=200)
-    print(size // MIB, [[number // MIB for number in numbers] for numbers, _ in ranks])
+    ranks = run_ranks(4, load, plan, folder, tmp_path, timeout_s=200)
+    print(str(plan), size // MIB, [[number // MIB for number in numbers] for numbers, _ in ranks])
     assert sum(numbers[0] for numbers, _ in ranks) == size
-    for (mine, largest, built, trained), sums in ranks:
+    for (mine, largest, built, trained), _ in ranks:
         assert mine < 0.5 * size
-        assert built < mine + largest + OVERHEAD
-        assert trained < 0.6 * 2 * size  # weights and gradients, and what a step computes with
-        assert sums == {name: expected[name] for name in sums}
+        assert built < mine + 2 * largest + OVERHEAD
+        assert plan.shard > 1 or trained < 0.6 * 2 * size  # weights and gradients, and what a step computes with
+    for name, total in expected.items():
+        assert sum(sums.get(name, 0.0) for _, sums in ranks) == pytest.approx(total, rel=1e-9, abs=1e-6), name
