@@ -236,6 +236,30 @@ def test_labelled_texts_are_rows_with_a_mask(tmp_path: Path) -> None:
     assert 0.2 < found.facts["majority_accuracy"] < 0.8
 
 
+def test_labelled_texts_in_the_tokens_of_another_model(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "good", "bad", "film", "number", "was"]
+    theirs = Tokenizer(models.WordLevel({word: 7 + n for n, word in enumerate(words)}, unk_token="[UNK]"))
+    theirs.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    theirs.enable_truncation(3)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    found = labelled(TEXTS, vocab=300, length=6, tokenizer=tmp_path / "tokenizer.json").prepare(tmp_path)
+    rows = found.train.batch(range(8), [0] * 8)["tokens"].tolist()
+    assert all((row[0], row[1], row[5]) == (9, 11, 10) for row in rows)  # [CLS] the ... [SEP]
+    assert {row[2] for row in rows} == {12, 13}
+    short = labelled([("the film", 0), ("the bad film", 1)], 300, 8, 0, tokenizer=tmp_path / "tokenizer.json")
+    batch = short.prepare(tmp_path).train.batch([0, 1], [0, 0])
+    by_class = dict(zip(batch["targets"].tolist(), batch["tokens"].tolist(), strict=True))
+    assert by_class[0] == [9, 11, 14, 10, 7, 7, 7, 7]
+    assert sorted(batch["mask"].sum(1).tolist()) == [4, 5]
+    theirs.add_tokens([f"word{n}" for n in range(300)])
+    theirs.save(str(tmp_path / "large.json"))
+    large = labelled(TEXTS, vocab=260, length=6, tokenizer=tmp_path / "large.json")
+    with pytest.raises(DataError, match="more than vocab=260"):
+        large.prepare(tmp_path)
+
+
 def test_imdb_reads_the_reviews(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import json
 

