@@ -229,7 +229,9 @@ class Scatter:
         for cut in bundle.cuts:
             cut.whole.grad = None
         if bundle.unit is not None and self._units is not None and bundle.unit is not self._units.each[0]:
-            bundle.unit.close()
+            # frozen parameters among those that are trained (adapters): what is left of its backward may need them
+            if all(cut.own.requires_grad for cut in bundle.unit.cuts):
+                bundle.unit.close()
         piece = packed.new_empty(bundle.rows.size)
         self._travelling = bundle, piece, self._scatter.reduce_scatter_single(piece, packed)
 

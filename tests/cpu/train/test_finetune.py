@@ -83,24 +83,40 @@ def written(tmp_path: Path) -> Callable[[str], Path]:
     return write
 
 
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-    ("recipe", "lora"),
+    ("recipe", "lora", "plan"),
     [
-        ("minilm", False),
-        pytest.param("smollm2", True, marks=pytest.mark.slow),
-        pytest.param("smollm2", False, marks=pytest.mark.slow),
-        pytest.param("minilm", True, marks=pytest.mark.slow),
+        ("minilm", False, "pipeline=2"),
+        slow("minilm", True, "pipeline=2"),
+        slow("smollm2", True, "pipeline=2"),
+        slow("smollm2", False, "pipeline=2"),
+        slow("smollm2", True, "shard=2,zero=3"),
+        slow("minilm", False, "shard=2,zero=3"),
     ],
 )
-def test_two_stages_learn_what_one_process_does(recipe: str, lora: bool, trained: Any, written: Any) -> None:
+def test_a_split_model_learns_what_one_process_does(
+    recipe: str, lora: bool, plan: str, trained: Any, written: Any
+) -> None:
     file = written(recipe)
     one = trained(file, plan="data=1,microbatches=4", lora=lora)
-    two = trained(file, plan="pipeline=2,microbatches=4", lora=lora)
+    two = trained(file, plan=f"{plan},microbatches={4 if plan == 'pipeline=2' else 2}", lora=lora)
     assert losses(two.path) == pytest.approx(losses(one.path), rel=1e-5)
     before, after = (load_file(found) for found in (file.parent / "weights" / "model.safetensors", _exported(two.path)))
     names = {"smollm2": "model.layers.1.self_attn.o_proj", "minilm": "encoder.layer.1.attention.output.dense"}
     name = next(each for each in after if names[recipe] in each and each.endswith("weight"))
     assert torch.equal(before[f"{names[recipe]}.weight"], after[name]) == lora  # frozen, or not
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("plan", ["data=2,pipeline=2", "pipeline=2,shard=2,zero=3"])
+def test_four_ranks_compute_what_one_does(plan: str, lora: bool, trained: Any, written: Any) -> None:
+    found = api.verify(str(written("smollm2")), plan=plan, lora=lora)
+    assert found.same, found.text()
 
 
 def _exported(run: Path) -> Path:
