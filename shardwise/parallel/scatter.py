@@ -228,10 +228,10 @@ class Scatter:
         bundle.rows.pack(grads, packed)
         for cut in bundle.cuts:
             cut.whole.grad = None
-        if bundle.unit is not None and self._units is not None and bundle.unit is not self._units.each[0]:
-            # frozen parameters among those that are trained (adapters): what is left of its backward may need them
-            if all(cut.own.requires_grad for cut in bundle.unit.cuts):
-                bundle.unit.close()
+        part = bundle.unit if self._units is not None and bundle.unit is not self._units.each[0] else None
+        # with frozen parameters among those that are trained (adapters), what is left of its backward may need them
+        if part is not None and all(cut.own.requires_grad for cut in part.cuts):
+            part.close()
         piece = packed.new_empty(bundle.rows.size)
         self._travelling = bundle, piece, self._scatter.reduce_scatter_single(piece, packed)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 from collections.abc import Sequence, Sized
+from pathlib import Path
 
 from msgspec import structs
 
@@ -233,7 +233,7 @@ def cut_here(job: TrainJob, plan: Plan, prepared: Prepared) -> Plan:
 
 
 def build_replica(job: TrainJob, plan: Plan, mesh: Mesh, *, scratch: Path | None = None) -> Replica:
-    """The job's module with the values of one process, obeying the plan; `scratch` is a folder for what is offloaded."""
+    """The job's module, with one process's values, obeying the plan; `scratch` is a folder for what is offloaded."""
     import torch
 
     torch.manual_seed(job.seed)
