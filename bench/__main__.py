@@ -24,6 +24,7 @@ BENCHMARKS = {
     "param_server": "seconds a step with parameter servers, and the fast workers' rate beside one that is slowed 4 x",
     "pipeline": "the bubble of each schedule on 2 and 4 ranks, and seconds a step against torch's and DeepSpeed's",
     "memory": "peak bytes of each feature that saves memory, and a GPT of 1 billion parameters in 10 GB",
+    "tensor": "seconds a step of layers split over 2 ranks, against DTensor over gloo and one process",
     "loader": "tokens a second of packed text from disk, and the memory that a corpus of 2 GB takes",
 }
 

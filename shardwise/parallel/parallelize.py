@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from shardwise.comm.collectives import broadcast_all, largest
-from shardwise.comm.mesh import Mesh
+from shardwise.comm.mesh import Axis, Mesh
 from shardwise.errors import JobError, SpecError
 from shardwise.parallel.activations import offloaded
 from shardwise.parallel.allocator import keep_freed_memory
@@ -40,6 +40,7 @@ from shardwise.spec.plan import Plan
 
 if TYPE_CHECKING:
     from shardwise.parallel.pipelined import Pipelined
+    from shardwise.parallel.tensor.apply import Tensors
 
 
 class Replica:
@@ -65,6 +66,7 @@ class Replica:
         shapes: dict[str, tuple[int, ...]] | None = None,
         recomputed: Recomputed | None = None,
         scratch: str | Path | None = None,
+        tensors: Tensors | None = None,
     ) -> None:
         self.module = module
         self.plan = plan
@@ -84,6 +86,7 @@ class Replica:
         self.units = units
         self.shapes = shapes or {}
         self._recomputed = recomputed
+        self.tensors = tensors
         self.pipelined = pipelined
         if pipelined is not None:
             pipelined.attach(self)
@@ -120,6 +123,8 @@ class Replica:
             self.units.dissolve()
         if self.pipelined is not None:
             self.pipelined.gather()
+        if self.tensors is not None:
+            self.tensors.gather()
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
@@ -148,7 +153,7 @@ class Replica:
     # The phases of a step, in the order in which `step` calls them.
 
     def begin(self, micros: int) -> None:
-        for axis in ("data", "shard", "pipeline"):
+        for axis in ("data", "shard", "pipeline", "tensor"):
             if (group := self.mesh.axis(axis).group) is not None:
                 group.step += 1
         self.reducer.begin()
@@ -209,7 +214,13 @@ class Replica:
 
     def norm(self) -> float:
         """The 2-norm of the whole gradient before it is normalised."""
-        return self.pipelined.norm if self.pipelined is not None else self.reducer.norm()
+        return self.pipelined.norm if self.pipelined is not None else self.own_norm()
+
+    def own_norm(self, elsewhere: Collection[str] | None = None) -> float:
+        """That of this rank's stages, without what counts elsewhere."""
+        if self.tensors is not None:
+            return self.tensors.norm(self.reducer, elsewhere or ())
+        return self.reducer.norm(elsewhere) if elsewhere is not None else self.reducer.norm()
 
     def settled(self, guess: float) -> None:
         """The last stage's ranks have agreed on the first guess of the global weight."""
@@ -285,6 +296,8 @@ class Replica:
             self.units.unwrap()
         if self._recomputed is not None:
             self._recomputed.close()
+        if self.tensors is not None:
+            self.tensors.close()
         if self._norms is not None:
             self._norms.close()
         if self._watch is not None:
@@ -316,17 +329,16 @@ def parallelize(
     refuse_host(plan, mesh.device.type)
     norms = batch_norms(module)
     _refuse_combinations(plan, list(norms), batch_norm, coupled, compile=compile)
-    if plan.pipeline > 1:
-        _refuse_with_pipeline(module, plan, coupled, compile=compile)
+    _refuse_with_pipeline(module, plan, coupled, compile=compile)
+    _refuse_with_tensor(plan, compile=compile)
     pipelined = _pipelined(module, plan, mesh) if plan.pipeline > 1 else None
     _place(module, plan, mesh)
     axis = mesh.axis("batch")
     _refuse_unlike(module, mesh, by_part=by_part)
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
-    alike = mesh.axis("data") if by_part and built_by_rows(plan) else axis
-    if alike.group is not None:
-        broadcast_all(_held(module, plan, mesh.rank), alike.group)
+    _spread(module, plan, mesh, mesh.axis("data") if by_part and built_by_rows(plan) else axis)
     sync = _synchronised(norms, plan, mesh) if batch_norm == "sync" and axis.size > 1 else None
+    tensors = _tensors(module, plan, mesh) if plan.tensor > 1 else None
     recomputed = recomputing(module, plan, synced_norms=sync is not None, compile=compile)
     if pipelined is not None:
         pipelined.spread()
@@ -348,6 +360,7 @@ def parallelize(
         shapes=shapes,
         recomputed=recomputed,
         scratch=scratch,
+        tensors=tensors,
     )
 
 
@@ -359,6 +372,19 @@ def _synchronised(norms: dict[str, Any], plan: Plan, mesh: Mesh) -> BatchNormSyn
     assert second is not None
     here = {name: norm for name, norm in norms.items() if holds(f"model/{name}.weight", plan, mesh.rank)}
     return BatchNormSync(here, second, mesh.device)
+
+
+def _spread(module: nn.Module, plan: Plan, mesh: Mesh, alike: Axis) -> None:
+    """The first rank's values, on the tensor axis and on the one whose ranks hold what is `alike`. Collective."""
+    for group in (mesh.axis("tensor").group, alike.group):
+        if group is not None:
+            broadcast_all(_held(module, plan, mesh.rank), group)
+
+
+def _tensors(module: nn.Module, plan: Plan, mesh: Mesh) -> Tensors:
+    from shardwise.parallel.tensor.apply import Tensors  # what reads graphs takes a second to import
+
+    return Tensors(module, plan, mesh)
 
 
 def _pipelined(module: nn.Module, plan: Plan, mesh: Mesh) -> Pipelined:
@@ -420,6 +446,8 @@ def _refuse_combinations(plan: Plan, norms: Sequence[str], batch_norm: str, coup
 
 
 def _refuse_with_pipeline(module: nn.Module, plan: Plan, coupled: str, *, compile: bool) -> None:
+    if plan.pipeline == 1:
+        return
     if not plan.stages:
         raise SpecError(
             f"the plan {plan} does not say where to cut the model. Let sw.plan or sw.session make it, or give its "
@@ -436,9 +464,22 @@ def _refuse_with_pipeline(module: nn.Module, plan: Plan, coupled: str, *, compil
         )
 
 
+def _refuse_with_tensor(plan: Plan, *, compile: bool) -> None:
+    if plan.tensor == 1:
+        return
+    if not plan.splits:
+        raise SpecError(
+            f"the plan {plan} does not say what its tensor axis splits. Let sw.plan or sw.session find it, or give its "
+            "splits."
+        )
+    if compile:
+        raise SpecError(f"compile=True does not go with tensor={plan.tensor} yet. Leave it out.")
+
+
 def _refuse_unlike(module: nn.Module, mesh: Mesh, *, by_part: bool) -> None:
     """Raise JobError on every rank when names, shapes or dtypes of the modules differ."""
-    groups = [axis.group for axis in (mesh.axis("batch"), mesh.axis("pipeline")) if axis.group is not None]
+    axes = [mesh.axis(name) for name in ("batch", "pipeline", "tensor")]
+    groups = [axis.group for axis in axes if axis.group is not None]
     if not groups:
         return
     tensors = [*module.named_parameters(), *module.named_buffers()]

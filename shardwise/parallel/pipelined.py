@@ -129,7 +129,7 @@ class Pipelined:
         and tell everybody what the last stage's ranks counted. Collective over the pipeline."""
         replica = self._attached()
         self._ties.sum(dict(replica.named()), replica.reducer.zero)
-        own = replica.reducer.norm(self._ties.elsewhere) if self._ties.names else replica.reducer.norm()
+        own = replica.own_norm(self._ties.elsewhere if self._ties.names else None)
         slots = replica.axis.size
         row = torch.zeros(4 + slots, dtype=torch.float64, device=self._mesh.device)
         said = [own * own, *((counted.loss_sum, counted.weight, replica.guess) if self.last else (0.0, 0.0, 0.0))]
@@ -172,8 +172,12 @@ class Pipelined:
     @contextlib.contextmanager
     def _bare(self) -> Iterator[None]:
         """The module as the user made it."""
-        units = self._attached().units
-        with self._stage.closed(), units.bare() if units else contextlib.nullcontext(), self._attached().quiet():
+        units, tensors = self._attached().units, self._attached().tensors
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._stage.closed())
+            stack.enter_context(units.bare() if units else contextlib.nullcontext())
+            stack.enter_context(tensors.closed() if tensors else contextlib.nullcontext())
+            stack.enter_context(self._attached().quiet())
             yield
 
     def _compute(self, number: int, chunk: int, came: Sequence[Tensor]) -> Any:

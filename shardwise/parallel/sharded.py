@@ -135,8 +135,9 @@ def refuse_unlike_by_rows(optimizer: torch.optim.Optimizer, group: Group, device
     if totals([0.0 if _works_by_rows(optimizer) else 1.0], group, device)[0]:
         kind = type(optimizer).__name__
         raise JobError(
-            f"the optimizer {kind} does not update a part of a parameter as it updates the whole, so its states cannot "
-            "be sharded. Use the data axis in the place of shard, or an elementwise optimizer such as AdamW or SGD."
+            f"the optimizer {kind} does not update a part of a parameter as it updates the whole, so it cannot be "
+            "sharded or split. Use the data axis in the place of shard and tensor, or an elementwise optimizer such as "
+            "AdamW or SGD."
         )
 
 

@@ -79,7 +79,7 @@ def step(
     state are then as before.
     """
     began = time.perf_counter()
-    _refuse_clipping(replica, clip_norm)
+    _refuse(replica, optimizers, clip_norm)
     if not replica.synchroniser.start_step(optimizers):
         return _left_out(replica, time.perf_counter() - began)
     started = time.perf_counter()
@@ -133,7 +133,9 @@ def _mean(totals: Totals) -> float:
     return totals.loss_sum / totals.weight if totals.weight else 0.0
 
 
-def _refuse_clipping(replica: Replica, clip_norm: float | None) -> None:
+def _refuse(replica: Replica, optimizers: Sequence[torch.optim.Optimizer], clip_norm: float | None) -> None:
+    if replica.tensors is not None:
+        replica.tensors.check(optimizers)
     if clip_norm is not None and not replica.synchroniser.clips:
         raise SpecError(
             f"clip_norm={clip_norm} does not go with the plan's {replica.plan.sync.word} (method "

@@ -24,16 +24,17 @@ def time_parts(profile: ModelProfile, plan: Plan, job: JobFacts, cluster: Cluste
 
     Backward is twice forward (Narayanan et al. 2021, section 5.1), and what it
     computes again. `communication` is what backward does not hide; of a
-    pipeline what its stages send is in forward and backward, and `bubble` is what the busiest rank is idle.
+    pipeline what its stages send is in forward and backward, and `bubble` is what the busiest rank is idle. What the
+    tensor axis exchanges is not counted.
     """
     samples = -(-job.global_batch // plan.replicas)
     rate = device_rate(cluster, plan)
     held = memory_parts(profile, plan, job, on_cpu=False)
-    forward, bubble = profile.forward_flops * samples / rate, {}
+    forward, bubble = profile.forward_flops * samples / rate / plan.tensor, {}
     if plan.stages:
         seconds = stage_seconds(plan, profile, job, rate=rate, bandwidth=cluster.link.bandwidth, room=0)
         busy, idle = pipeline_seconds(plan, seconds)
-        forward, bubble = busy / (1 + BACKWARD), {"bubble": idle}
+        forward, bubble = busy / (1 + BACKWARD) / plan.tensor, {"bubble": idle / plan.tensor}
     exchanged = 0.0
     if plan.replicas > 1:
         whole = memory_parts(profile, structs.replace(plan, shard=1), job, on_cpu=False)["gradients"]

@@ -30,6 +30,8 @@ def memory_parts(profile: ModelProfile, plan: Plan, job: JobFacts, *, on_cpu: bo
     }
     if plan.stages:
         parts = pipeline_bytes(profile, plan, job)
+    for part in ("parameters", "gradients", "optimizer"):
+        parts[part] = -(-parts[part] // plan.tensor)  # as if all were split: norms, which are not, are small
     largest = max((block.parameter_bytes for block in profile.blocks), default=0)
     _shard(parts, plan, largest)
     if plan.replicas > 1 or plan.microbatches > 1 or plan.exact:

@@ -9,7 +9,7 @@ from shardwise.spec.cluster import Cluster
 from shardwise.spec.job import JobFacts
 from shardwise.spec.plan import AXES, Plan
 
-BUILT_AXES = ("data", "shard", "pipeline")
+BUILT_AXES = ("data", "shard", "tensor", "pipeline")
 ONE_STAGE = ("naive", "gpipe", "1f1b")  # schedules of one stage a rank
 SEVERAL_STAGES = ("interleaved", "zero_bubble", "zbv")  # and of `virtual` stages a rank
 
@@ -23,10 +23,15 @@ def refuse_unbuilt(plan: Plan) -> None:
             raise _unbuilt(f"{axis}={getattr(plan, axis)}", f"use the data axis instead, such as data={plan.ranks}")
     refuse_unshown(plan)
     refuse_formats(plan)
-    if plan.splits:
-        raise _unbuilt("splits", "leave them out")
     _refuse_schedule(plan)
-    for axis, called in (("shard", "a shard axis"), ("pipeline", "a pipeline")):
+    if plan.splits and plan.tensor == 1:
+        raise SpecError("the plan has splits without a tensor axis. Add tensor=2 or more, or leave them out.")
+    _refuse_together(plan)
+
+
+def _refuse_together(plan: Plan) -> None:
+    """Raise SpecError for axes that do not go with the rest of the plan."""
+    for axis, called in (("shard", "a shard axis"), ("tensor", "a tensor axis"), ("pipeline", "a pipeline")):
         if getattr(plan, axis) > 1:
             refuse_together(plan, axis, f"{axis}={getattr(plan, axis)}")
             if plan.exact:

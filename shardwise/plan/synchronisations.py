@@ -12,6 +12,7 @@ FEATURES = {
     "microbatches": "several microbatches a step",
     "pipeline": "stages of the model on several ranks (pipeline=2)",
     "shard": "states, gradients or parameters sharded over ranks (shard=2)",
+    "tensor": "layers split over several ranks (tensor=2)",
     "float16": "gradients under a loss scale that changes",
     "batch_norm": "batch norms with statistics over all ranks (batch_norm='sync')",
     "exact": "the same bits on any number of ranks (exact=true)",

@@ -261,6 +261,20 @@ def _tensor_cut(name: str, shape: Shape, plan: Plan, index: int) -> tuple[int | 
     return dim, [span for span in spans if span[0] < span[1]]
 
 
+def tensor_spans(name: str, shape: Shape, plan: Plan) -> tuple[int | None, list[list[Span]]]:
+    """The dim of `name` that the tensor axis cuts, and each tensor rank's spans of it; `(None, [])` where it is whole.
+
+    Raises SpecError when the split's parts do not fit the dim.
+    """
+    cuts = [_tensor_cut(name, shape, plan, index) for index in range(plan.tensor)]
+    return cuts[0][0], [spans for dim, spans in cuts if dim is not None]
+
+
+def split_of(name: str, plan: Plan) -> Split | None:
+    """The split of the plan that decides about the tensor `name`, if one does."""
+    return _split_of(parameter(name), plan)
+
+
 def _split_of(tensor: str, plan: Plan) -> Split | None:
     return next((split for pattern, split in plan.splits.items() if _matches(tensor, pattern)), None)
 

@@ -95,6 +95,9 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         for name in (*AXES, "microbatches", "virtual"):
             if getattr(self, name) < 1:
                 raise SpecError(f"{name}={getattr(self, name)} in the plan: it must be at least 1.")
+        if any(isinstance(split, str) for split in self.splits.values()):
+            splits = {k: Split(how=v) if isinstance(v, str) else v for k, v in self.splits.items()}  # type: ignore[arg-type]
+            structs.force_setattr(self, "splits", splits)
         if self.zero not in (1, 2, 3):
             raise SpecError(f"zero={self.zero} in the plan: it must be 1, 2 or 3 (what the shard axis shards).")
         if self.recompute.blocks and self.recompute.mode != "blocks":
@@ -165,7 +168,8 @@ def parse_plan(text: str) -> dict[str, Any]:
         key = inner or outer
         if key in place:
             raise SpecError(f"the plan '{text}' gives '{name}' twice. Keep one of them.")
-        place[key] = _value(name, value, text)
+        read = _value(name, value, text)
+        place[key] = {"how": read} if outer == "splits" else read
     build_plan(fixed)
     return fixed
 

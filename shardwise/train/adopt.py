@@ -31,9 +31,9 @@ class Adopted:
 
     def __init__(self, module: nn.Module, mesh: Mesh) -> None:
         plan = mesh.plan
-        if plan.exact or plan.microbatches > 1 or plan.pipeline > 1 or plan.precision != "float32":
+        if plan.exact or plan.microbatches > 1 or plan.pipeline > 1 or plan.tensor > 1 or plan.precision != "float32":
             raise SpecError(
-                "run.prepare leaves the loop to the script, so it cannot obey exact, microbatches, pipeline or "
+                "run.prepare leaves the loop to the script, so it cannot obey exact, microbatches, pipeline, tensor or "
                 f"precision of the plan {plan}. Start the script with --plan data={plan.data}, or use "
                 "sw.session(model=...) for them."
             )

@@ -27,7 +27,7 @@ from shardwise.spec.layout import Box, Shape, boxes
 from shardwise.spec.plan import Plan
 from shardwise.train.memory import peak_bytes
 from shardwise.train.optimizers import Optimizers
-from shardwise.train.probe import profile_job
+from shardwise.train.probe import example_of, profile_job
 from shardwise.train.state import Saver, State
 from shardwise.train.timeline import recorded_steps, timed
 
@@ -39,6 +39,8 @@ class Trainer:
         self.job = job
         if plan.pipeline > 1 and not plan.stages:
             plan = mesh.plan = cut_here(job, plan, prepared)
+        if plan.tensor > 1:
+            plan = mesh.plan = split_here(job, plan, prepared)
         self.plan = plan
         self.mesh = mesh
         self.prepared = prepared
@@ -230,6 +232,19 @@ def cut_here(job: TrainJob, plan: Plan, prepared: Prepared) -> Plan:
         plan = structs.replace(plan, microbatches=min(most, filling(plan)))
     calls = chain(profile)
     return with_stages(plan, profile, lambda stage, first, last: calls.forward_flops(first, last))
+
+
+def split_here(job: TrainJob, plan: Plan, prepared: Prepared) -> Plan:
+    """The plan with all its splits over the tensor axis, found from the model itself; the same on every rank."""
+    import torch
+
+    from shardwise.parallel.tensor.find import find_splits
+
+    torch.manual_seed(job.seed)
+    with user_code("model of the job"):
+        module = copy.deepcopy(job.model())  # it may be the user's own
+    found = find_splits(module, example_of(job, prepared), plan.tensor, forward=job.forward, asked=plan.splits)
+    return structs.replace(plan, splits=found.splits)
 
 
 def build_replica(job: TrainJob, plan: Plan, mesh: Mesh, *, scratch: Path | None = None) -> Replica:

@@ -75,9 +75,10 @@ def shrunk(plan: Plan, facts: JobFacts, *, norms: bool, parts: int) -> tuple[Pla
         )
     data = 1 if norms else min(plan.data, 2)
     shard = 1 if norms else min(plan.shard, 2)
+    tensor = min(plan.tensor, 4)
     pipeline = min(plan.pipeline, 4, max(1, parts // plan.virtual))
     micros = plan.microbatches if norms else min(max(plan.microbatches, 2 * pipeline), 2 * pipeline * plan.virtual)
-    few = structs.replace(plan, data=data, shard=shard, pipeline=pipeline, precision="float64", stages=(), blocks=())
+    few = structs.replace(plan, data=data, shard=shard, tensor=tensor, pipeline=pipeline, stages=(), blocks=())
+    few = structs.replace(few, precision="float64", microbatches=1 if plan.exact else micros, predicted=None)
     few = structs.replace(few, parameters="float32", master="float32", states="float32")  # these change the numbers
-    few = structs.replace(few, microbatches=1 if plan.exact else micros, predicted=None)
     return few, min(facts.global_batch, SAMPLES * few.replicas * micros)

@@ -33,7 +33,7 @@ from shardwise.train import capture, context
 from shardwise.train.data import prepare
 from shardwise.train.optimizers import Optimizers
 from shardwise.train.probe import example_of
-from shardwise.train.run import build_replica
+from shardwise.train.run import build_replica, split_here
 from shardwise.train.small import depth, shallow, shorter
 from shardwise.train.verified import TOLERANCE, Difference, Verified
 from shardwise.train.worker import JOIN_LIMIT_S, closing
@@ -53,6 +53,8 @@ def entry(*, rank: int, world: int, port: int, listen_fd: int | None, told: dict
     folder, steps = Path(told["folder"]), int(told["steps"])
     mesh = connect(plan, rank=rank, world=world, store=store)
     with closing(mesh):
+        if plan.tensor > 1:
+            plan = mesh.plan = split_here(job, plan, prepared)
         losses, tensors = _train(job, plan, mesh, prepared, steps)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"{rank}.safetensors")
         if world > 1:
@@ -74,7 +76,8 @@ def _job(told: Mapping[str, Any]) -> TrainJob:
 def _compare(
     job: TrainJob, plan: Plan, prepared: Prepared, losses: list[float], found: list[dict[str, Tensor]], told: Any
 ) -> Verified:
-    one = structs.replace(plan, data=1, shard=1, pipeline=1, virtual=1, schedule="1f1b", stages=(), blocks=())
+    one = structs.replace(plan, data=1, shard=1, tensor=1, splits={})
+    one = structs.replace(one, pipeline=1, virtual=1, schedule="1f1b", stages=(), blocks=())
     one = structs.replace(one, recompute=Recompute(), offload=Offload())
     alone = connect(one, rank=0, world=1, store=None)
     expected, reference = _train(job, one, alone, prepared, len(losses), places=plan.replicas)

@@ -97,7 +97,7 @@ CASES: list[tuple[str, str, dict[str, Any], type[ShardwiseError], list[str]]] = 
         NoPlanFits,
         ["64", "data="],
     ),
-    ("axis not there", HEAD + "def job():\n    return parts()\n", {"plan": "tensor=2"}, SpecError, ["tensor=2"]),
+    ("axis not there", HEAD + "def job():\n    return parts()\n", {"plan": "expert=2"}, SpecError, ["expert=2"]),
     ("unknown axis", HEAD + "def job():\n    return parts()\n", {"plan": "tensr=2"}, SpecError, ["'tensor'"]),
     ("precision", HEAD + "def job():\n    return parts()\n", {"plan": "precision=bfloat16"}, SpecError, ["allow"]),
 ]

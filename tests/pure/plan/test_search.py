@@ -91,7 +91,9 @@ def test_what_cannot_fit_is_refused_with_the_numbers() -> None:
 @pytest.mark.parametrize(
     ("text", "kind", "says"),
     [
-        ("tensor=2", SpecError, "tensor=2, which this version cannot run yet"),
+        ("expert=2", SpecError, "expert=2, which this version cannot run yet"),
+        ("splits.up=column", SpecError, "splits without a tensor axis"),
+        ("tensor=2,exact=true", SpecError, "exact=true with a tensor axis"),
         ("pipeline=2", NoPlanFits, "can be cut into 0 at most"),
         ("pipeline=2,exact=true", SpecError, "exact=true with a pipeline"),
         ("context=2", SpecError, "data=2"),

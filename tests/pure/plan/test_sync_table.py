@@ -52,6 +52,7 @@ def test_what_is_not_in_the_table_is_refused(key: tuple[str, str], feature: str)
         "microbatches": {"microbatches": 2},
         "pipeline": {"pipeline": 2},
         "shard": {"shard": 2},
+        "tensor": {"tensor": 2},
     }
     plan = Plan(data=2, sync=sync_of(*key), **asked.get(feature, {}))
     shown = feature in SYNCHRONISATIONS[key]

@@ -1,0 +1,1 @@
+"""The tensor axis: ordinary modules are split inside their layers; proposed by structure, kept by proof."""

@@ -1,0 +1,172 @@
+"""A split is kept if the module, run in lock-step by all ranks of it in one process, computes what it did whole."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from shardwise.parallel.tensor.atoms import Ids, spans
+from shardwise.parallel.tensor.capture import Captured
+from shardwise.parallel.tensor.program import JOIN, LOCAL, SUM, Program, build, steps
+from shardwise.parallel.tensor.propose import Owned
+
+TOLERANCE = 1e-9  # relative, in float64
+FLOOR = 1e-6  # of the largest: gradients smaller than that are zero but for rounding
+
+
+class Alone:
+    """One rank's links among those that run in lock-step: what is whole is one tensor, so autograd itself sums."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def enter(self, x: Tensor) -> Tensor:
+        return x
+
+    def take(self, x: Tensor, dim: int, ids: Ids) -> Tensor:
+        return part(x, dim, ids, self.rank)
+
+
+def part(x: Tensor, dim: int, ids: Ids, rank: int) -> Tensor:
+    """The indices of `rank` along `dim`."""
+    held = spans(ids, rank)
+    pieces = [x.narrow(dim, first, stop - first) for first, stop in held]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim) if pieces else x.narrow(dim, 0, 0)
+
+
+def joined(pieces: Sequence[Tensor], dim: int, ids: Ids) -> Tensor:
+    """The whole of the ranks' parts."""
+    whole = torch.cat(list(pieces), dim)
+    order = [index for rank in range(len(pieces)) for first, stop in spans(ids, rank) for index in range(first, stop)]
+    if order == list(range(len(order))):
+        return whole
+    places = torch.empty(len(order), dtype=torch.int64)
+    places[torch.tensor(order)] = torch.arange(len(order))
+    return whole.index_select(dim, places.to(whole.device))
+
+
+def together(programs: Sequence[Program], constants: nn.Module, given: Sequence[Sequence[Any]]) -> list[Any]:
+    """Run the ranks' programs node by node; `given[rank]` are its inputs after the links."""
+    links = [Alone(rank) for rank in range(len(programs))]
+    values: list[dict[fx.Node, Any]] = [{} for _ in programs]
+    inputs = [iter((links[rank], *given[rank])) for rank in range(len(programs))]
+    for nodes in zip(*(program.graph.nodes for program in programs), strict=True):
+        role = nodes[0].meta.get("role")
+        if nodes[0].op == "output":
+            return [_value(leaf, values[0]) for leaf in nodes[0].args[0]]
+        if nodes[0].op == "placeholder":
+            found = [next(one) for one in inputs]
+        elif nodes[0].op == "get_attr":
+            found = [getattr(constants, nodes[0].target)] * len(nodes)
+        elif role in (SUM, JOIN):
+            found = [
+                _exchange(
+                    role, [fx.node.map_arg(n.args[1:], v.__getitem__) for n, v in zip(nodes, values, strict=True)]
+                )
+            ] * len(nodes)
+        elif role == LOCAL:
+            found = [_run(node, value) for node, value in zip(nodes, values, strict=True)]
+        else:
+            found = [_run(nodes[0], values[0])] * len(nodes)
+        for node, value, one in zip(nodes, values, found, strict=True):
+            value[node] = one
+    raise AssertionError("a graph without an output")
+
+
+def _exchange(role: str, args: Sequence[Sequence[Any]]) -> Any:
+    if role == JOIN:
+        return joined([one[0] for one in args], args[0][1], args[0][2])
+    total = args[0][0]
+    for one in args[1:]:
+        total = total + one[0]
+    return total if len(args[0]) == 1 else total + args[0][1].to(total.dtype)
+
+
+def _run(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+def _value(leaf: Any, values: dict[fx.Node, Any]) -> Any:
+    return values[leaf] if isinstance(leaf, fx.Node) else leaf
+
+
+def difference(
+    module: nn.Module, args: Any, kwargs: Any, captured: Captured, owned: Mapping[str, Owned], ranks: int
+) -> tuple[float, str]:
+    """The largest relative difference between the call run whole and split, of outputs and gradients, and of what.
+
+    In float64; `captured` is of the same call in float64. The generators stay as they are.
+    """
+    plan = steps(captured, owned, ranks)
+    programs = [build(captured, plan, rank) for rank in range(ranks)]
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    leaves, _ = tree_flatten((args, kwargs))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        expected = _whole(module, args, kwargs)
+        torch.manual_seed(0)
+        ours = {name: tensor.detach().clone().requires_grad_(tensor.requires_grad) for name, tensor in state.items()}
+        tensors = [_leaf(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+        given = [
+            [*(part(t, *owned[n], rank) if n in owned else t for n, t in ours.items()), *tensors]
+            for rank in range(ranks)
+        ]
+        outputs = together(programs, captured.constants, given)
+    inputs = {**ours, **{f"argument {i}": tensor for i, tensor in enumerate(tensors)}}
+    return _compare(expected, _with_gradients(outputs, inputs))
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.is_floating_point())
+
+
+def _whole(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Tensor]:
+    twin = copy.deepcopy(module)
+    leaves, tree = tree_flatten((args, kwargs))
+    given = [_leaf(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    a, k = tree_unflatten(given, tree)
+    outputs, _ = tree_flatten(twin(*a, **k))
+    state = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
+    tensors = [leaf for leaf in given if isinstance(leaf, Tensor)]
+    return _with_gradients(outputs, {**state, **{f"argument {i}": one for i, one in enumerate(tensors)}})
+
+
+def _with_gradients(outputs: Sequence[Any], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Outputs and the gradients of a sum of them in which every element has a weight of its own."""
+    found = {f"output {i}": one.detach() for i, one in enumerate(outputs) if isinstance(one, Tensor)}
+    wanted = [one for one in outputs if isinstance(one, Tensor) and one.requires_grad and one.is_floating_point()]
+    total = sum((one * torch.linspace(0.5, 1.5, one.numel(), dtype=one.dtype).view_as(one)).sum() for one in wanted)
+    named = {name: one for name, one in inputs.items() if one.requires_grad}
+    if not isinstance(total, Tensor) or not named:
+        return found
+    grads = torch.autograd.grad(total, list(named.values()), allow_unused=True)
+    return found | {f"gradient of {n}": g for n, g in zip(named, grads, strict=True) if g is not None}
+
+
+def _compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> tuple[float, str]:
+    worst, where = 0.0, ""
+    floor = FLOOR * max(
+        (float(g.abs().max()) for g in expected.values() if g.is_floating_point() and g.numel()), default=1.0
+    )
+    for name in expected.keys() | found.keys():
+        a, b = expected.get(name), found.get(name)
+        if a is None or b is None:
+            one = a if a is not None else b
+            assert one is not None
+            gap = float("inf") if one.abs().max() > 0 else 0.0
+        elif a.is_floating_point():
+            gap = float((a - b).abs().max() / a.abs().max().clamp(min=floor)) if a.numel() else 0.0
+        else:
+            gap = 0.0 if torch.equal(a, b) else float("inf")
+        if not gap <= worst:
+            worst, where = gap, name
+    return worst, where
