@@ -36,15 +36,15 @@ PLANS = {  # system -> plan, and the optimizer
     "shardwise:states=int8": ("states=int8", "adamw"),
     "shardwise:precision=bfloat16": ("precision=bfloat16", "adamw"),
     "shardwise:parameters=bfloat16": (HALF, "adamw"),
-    "shardwise:parameters=bfloat16,master=none": (f"{HALF},master=none", "adamw"),
-    "shardwise:parameters=bfloat16,master=none,states=int8": (f"{HALF},master=none,states=int8", "adamw"),
+    "shardwise:parameters=bfloat16 master=none": (f"{HALF},master=none", "adamw"),
+    "shardwise:parameters=bfloat16 master=none states=int8": (f"{HALF},master=none,states=int8", "adamw"),
     "shardwise:offload.optimizer=disk": ("offload.optimizer=disk", "adamw"),
-    "shardwise:all on disk, recompute=full": (f"{HALF},offload.optimizer=disk,recompute=full", "adamw"),
+    "shardwise:all on disk and recompute=full": (f"{HALF},offload.optimizer=disk,recompute=full", "adamw"),
 }
 FAST = (BASE, "shardwise:recompute=full", "shardwise:offload.optimizer=disk")
 LARGE_PLANS = {
-    "shardwise:float32, states on disk": "offload.optimizer=disk,recompute=full",
-    "shardwise:bfloat16, masters and states on disk": f"{HALF},offload.optimizer=disk,recompute=full",
+    "shardwise:float32 with states on disk": "offload.optimizer=disk,recompute=full",
+    "shardwise:bfloat16 with masters and states on disk": f"{HALF},offload.optimizer=disk,recompute=full",
 }
 
 

@@ -161,3 +161,11 @@ def test_pipeline(tmp_path: Path) -> None:
     case = next(case for case, system, _ in rows if system == "torch:1f1b")
     ours, torchs = (rows[case, system, "step_time"] for system in ("shardwise:1f1b", "torch:1f1b"))
     assert ours["first_losses"] == pytest.approx(torchs["first_losses"], rel=1e-3), "the same work"
+
+
+def test_memory(tmp_path: Path) -> None:
+    rows = quick("memory", tmp_path)
+    assert_measured(rows, rounds=1)
+    case = "GPT of 4 M parameters"
+    full, plain = (rows[case, system, "peak_bytes"]["median"] for system in ("shardwise:recompute=full", "shardwise"))
+    assert full < plain
