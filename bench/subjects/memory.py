@@ -23,7 +23,8 @@ from shardwise.models.losses import next_token_loss
 from shardwise.models.profile import profile
 from shardwise.parallel.parallelize import parallelize
 from shardwise.parallel.step import step
-from shardwise.plan.formats import largest_block
+from shardwise.parallel.updates import PiecewiseUpdates
+from shardwise.plan.formats import repeated
 from shardwise.plan.memory import memory_parts
 from shardwise.spec.job import JobFacts
 from shardwise.spec.plan import Plan, build_plan, parse_plan
@@ -74,6 +75,7 @@ def main(text: str, kind: str, steps: int) -> dict[str, Any]:
         anonymous = max(anonymous, memory()["anonymous"])
         print(f"step {number + 1}: loss {losses[-1]:.4f}, {seconds[-1]:.1f} s", file=sys.stderr, flush=True)
     found = {"empty": empty, "peak": memory()["peak"], "anonymous": anonymous, **cost, **cgroup.charged()}
+    found["buffered"] = replica.updates.buffered if isinstance(replica.updates, PiecewiseUpdates) else 0
     replica.close()
     return {**found, "parameters": sum(p.numel() for p in module.parameters()), "seconds": seconds, "losses": losses}
 
@@ -83,7 +85,10 @@ def least(found: ModelProfile, plan: Plan, case: Case, *, states: int) -> dict[s
     job = JobFacts(global_batch=case.batch, steps=1, state_bytes_per_parameter=states)
     parts = memory_parts(found, plan, job, on_cpu=False)
     most = max(parts["gradients"], parts["activations"])
-    return {"least": parts["parameters"] + parts["optimizer"] + most, "block_states": states * largest_block(found)}
+    return {
+        "least": parts["parameters"] + parts["optimizer"] + most,
+        "block_states": states * repeated(found)[0].parameters,
+    }
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def quantize(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     """Flat float32 values [n] -> codes uint8 [n] and scales float32 [ceil(n / 256)]."""
     blocks = _in_blocks(values.float())
     scales = blocks.abs().amax(1)
-    quotients = blocks / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    quotients = blocks / torch.where(scales > 0, scales, 1.0)[:, None]
     places = quotients.to(torch.bfloat16).view(torch.int16).flatten().int().add_(32768)
     return torch.index_select(_nearest(signed).to(values.device), 0, places)[: values.numel()], scales
 

@@ -51,6 +51,7 @@ class Spill:
     def __init__(self, folder: str | Path | None = None) -> None:
         self.folder = str(folder or tempfile.gettempdir())
         self._size = 0
+        self.buffered = 0  # bytes of memory that it has for reading and writing
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="spill")  # one reads ahead, one writes behind
         self._free: dict[int, list[mmap.mmap]] = {}
@@ -110,6 +111,7 @@ class Spill:
         with self._lock:
             waiting = self._free.get(size)
             memory = waiting.pop() if waiting else None
+            self.buffered += size if memory is None else 0
         return Buffer(memory or mmap.mmap(-1, size), dtype, count)
 
     def recycle(self, buffer: Buffer) -> None:

@@ -316,6 +316,11 @@ class PiecewiseUpdates(Updates):
             else:
                 kept.rest[key] = value
 
+    @property
+    def buffered(self) -> int:
+        """Bytes of memory that what is on disk takes."""
+        return self._spill.buffered if self._spill is not None else 0
+
     def _is_loaded_state(self, value: Any, parameter: nn.Parameter) -> bool:
         if self._plan.shard == 1:
             return _is_state(value, parameter.shape)

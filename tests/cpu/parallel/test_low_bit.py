@@ -38,7 +38,7 @@ def one_thread() -> Iterator[None]:
 @given(
     st.integers(1, 3 * BLOCK + 7),
     st.integers(0, 10**6),
-    st.sampled_from([1e-30, 1e-8, 1.0, 1e20]),
+    st.sampled_from([1e-43, 1e-30, 1e-8, 1.0, 1e20]),
     st.booleans(),
 )
 def test_what_comes_back_from_eight_bits_is_within_the_bound(count: int, seed: int, size: float, signed: bool) -> None:
@@ -50,7 +50,7 @@ def test_what_comes_back_from_eight_bits_is_within_the_bound(count: int, seed: i
     assert (len(codes), len(scales)) == (count, -(-count // BLOCK))
     error = (dequantize(codes, scales, signed=signed) - values).abs()
     largest = scales.repeat_interleave(BLOCK)[:count]
-    assert bool((error <= ERROR[signed] * largest * 1.0001).all())
+    assert bool((error <= ERROR[signed] * largest * 1.0001 + 2e-45).all()), "and the last bit of the smallest numbers"
 
 
 def test_the_codes_are_256_and_dense_near_zero() -> None:

@@ -103,6 +103,8 @@ def test_pieces_of_a_block_are_all_that_is_in_memory(tmp_path: Path, monkeypatch
     train(replica, optimizer, 3)
     block = sum(p.numel() for p in replica.module.get_submodule("blocks.0").parameters())
     assert 0 < most <= 8 * block, "two states in float32"
+    assert isinstance(replica.updates, PiecewiseUpdates)
+    assert replica.updates.buffered <= 8 * block + 10 * ALIGN, "what is used again is rounded up to whole pages"
     assert held == 0
     replica.close()
 
