@@ -19,7 +19,7 @@ SMALL = {
     "01_splitting_input_data.md": ("STEPS=6", "SAMPLES=4096"),
     "02_the_parameter_server.md": ("STEPS=3",),
     "03_the_data_parallel_pipeline.md": ("STEPS=24", "EVERY=8"),
-    "05_why_the_model_is_split.md": ("WIDTH=128",),
+    "05_why_the_model_is_split.md": ("WIDTH=128", "SAMPLES=8"),
     "06_pipeline_and_layer_split.md": ("STEPS=4",),
     "07_training_and_serving_in_stages.md": ("STEPS=4",),
     "09_data_and_model_parallelism.md": ("STEPS=4",),
