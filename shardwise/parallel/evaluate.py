@@ -68,7 +68,7 @@ def _rounds(replica: Replica, batches: Iterable[Any], again: list[bool]) -> Iter
     axis, each, last = replica.mesh.axis("shard"), iter(batches), None
     while True:
         batch = next(each, None)
-        having, ready = totals([float(batch is not None), float((batch or last) is not None)], axis.group)
+        having, ready = totals([float(batch is not None), float(batch is not None or last is not None)], axis.group)
         if not having:
             return
         if ready < axis.size:

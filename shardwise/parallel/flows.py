@@ -104,7 +104,7 @@ class Flows:
         memo: dict[int, Any] = {}
         for name, p in self._module.named_parameters():
             # of what is cut there are zeros, as of what is elsewhere
-            data = p.detach() if p.shape == self._shapes[name] else p.new_zeros(()).expand(self._shapes[name])
+            data = p.data if p.shape == self._shapes[name] else _zeros(p, self._shapes[name])
             memo[id(p)] = nn.Parameter(parameter(data), requires_grad=p.requires_grad)
         for b in self._module.buffers():
             memo[id(b)] = buffer(b)
@@ -131,6 +131,10 @@ def _kind(leaf: Any) -> Any:
 
 def _empty(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def _zeros(like: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.zeros((), dtype=like.dtype, device=like.device).expand(tuple(shape))
 
 
 def _first_difference(here: Sequence[str], there: Sequence[str]) -> tuple[int, str, str]:

@@ -117,6 +117,10 @@ class Replica:
         """Around forward passes that are no step's. Collective."""
         return self.units.working() if self.units is not None else contextlib.nullcontext()
 
+    def watching(self) -> contextlib.AbstractContextManager[Any]:
+        """Around a step's forward passes: in the first one it is seen how parameters are read."""
+        return self.units.watching() if self.units is not None and self.fresh else contextlib.nullcontext()
+
     def gather(self) -> None:
         """Every rank has the whole module, to keep. Collective."""
         if self.units is not None:
@@ -181,6 +185,7 @@ class Replica:
             self._buffers.after_forward(shard)
 
     def after_backward(self, index: int) -> None:
+        self.synchroniser.after_backward()
         if self._norms is not None:
             self._norms.end_micro(index)
 

@@ -42,8 +42,8 @@ class Rows:
         return whole[min(rank * chunk, len(whole)) : min((rank + 1) * chunk, len(whole))]
 
     def pack(self, wholes: Sequence[Tensor | None], packed: Tensor) -> None:
-        """Whole tensors into `packed` [ranks x size], the part of each rank by itself; None are zeros."""
-        table, start = packed.view(self._ranks, self.size), 0
+        """Whole tensors into `packed` [ranks, size or more], the part of each rank by itself; None are zeros."""
+        table, start = packed.view(self._ranks, -1), 0
         for whole, length in zip(wholes, self._lengths, strict=True):
             place = table[:, start : start + length]
             start += length
@@ -59,7 +59,7 @@ class Rows:
 
     def unpack(self, packed: Tensor, wholes: Sequence[Tensor]) -> None:
         """The inverse of `pack`."""
-        table, start = packed.view(self._ranks, self.size), 0
+        table, start = packed.view(self._ranks, -1), 0
         for whole, length in zip(wholes, self._lengths, strict=True):
             place = table[:, start : start + length]
             start += length

@@ -22,6 +22,8 @@ from shardwise.parallel.rows import Cut, Rows
 from shardwise.parallel.statistics import COLUMNS, Totals
 from shardwise.parallel.units import Unit, Units
 
+PIECES = 16  # that the gradients leave in, at most, where no units say how
+
 
 class _Bundle:
     """Gradients that leave together: of one unit's trained parameters of one dtype."""
@@ -45,7 +47,9 @@ class Scatter:
     `rows`, by name.
     """
 
-    def __init__(self, cuts: Sequence[Cut], plain: Sequence[nn.Parameter], mesh: Mesh, units: Units | None) -> None:
+    def __init__(
+        self, cuts: Sequence[Cut], plain: Sequence[tuple[str, nn.Parameter]], mesh: Mesh, units: Units | None
+    ) -> None:
         shard, second = mesh.axis("shard"), mesh.second_group("shard", "gradients")
         assert shard.group is not None
         assert second is not None
@@ -58,9 +62,10 @@ class Scatter:
         self._staged = mesh.plan.pipeline > 1
         self._reports: dict[int, Tensor] = {}
         self._used: list[int] = []
+        self._seen: set[int] = set()  # of one microbatch
         self._bundles: list[_Bundle] = []
+        self._bundle_of: dict[int, _Bundle] = {}
         self._next = 0
-        self._begun = False
         self._travelling: tuple[_Bundle, Tensor, dist.Work] | None = None
         self._packed: dict[torch.dtype, Tensor] = {}
         self._waited = 0.0
@@ -73,13 +78,11 @@ class Scatter:
     def begin(self) -> None:
         self._arrange()
         self.clear()
-        self._reports, self._used = {}, [0] * len(self._cuts)
-        self._begun, self._waited = False, 0.0
+        self._reports, self._used, self._seen = {}, [0] * len(self._cuts), set()
+        self._waited = 0.0
 
     def begin_micro(self, *, shard: int | None = None, last: bool) -> None:
-        if self._begun:
-            self._flush()
-        self._begun = True
+        return None
 
     def report(self, slot: int, loss_sum: Tensor, weight: Tensor) -> None:
         pair = statistics.pair(loss_sum, weight)
@@ -91,18 +94,24 @@ class Scatter:
             bundle.missing -= sum(cut.name in names for cut in bundle.cuts)
         self._advance()
 
+    def end_micro(self) -> None:
+        """A microbatch's backward is over: what it did not use counts as zero."""
+        if not self._staged:
+            self._flush()
+
     def finish(self, *, mean: bool = False) -> tuple[Totals, float]:
         """Send what is left and wait for all of it; the totals of `report`, and the seconds spent waiting."""
         assert not mean, "the caller normalises by the global weight"
-        self._flush()
+        if self._staged:
+            self._flush()
         if self._data is not None:
             works = [self._data.all_reduce(bundle.sum) for bundle in self._bundles if bundle.sum is not None]
             self._wait(works)
-        for p in self._plain:
-            if p.requires_grad:
+        pairs, used = self._exchange_row()
+        for (_, p), count in zip(self._plain, used[len(self._cuts) :], strict=True):
+            if count:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 self._wait([self._batch_group.all_reduce(p.grad)])
-        pairs, used = self._exchange_row()
         for bundle in self._bundles:
             assert bundle.sum is not None
             views = bundle.rows.views(bundle.sum, self._shard.rank())
@@ -110,6 +119,7 @@ class Scatter:
                 self._hand_out(cut, view if used[index] else None)
         if self._units is not None:
             self._units.close()
+            self._units.refuse_unlike()
         return statistics.total(pairs, tree=False), self._waited
 
     # What the step does with the sums.
@@ -118,34 +128,37 @@ class Scatter:
         """The 2-norm of all gradients that `finish` left; the same on every rank. Collective over the shard axis."""
         mine = norm_of([grad for name, grad in self._gradients() if name not in (without or ())])
         square = totals([mine * mine], self._shard, self._device)[0]
-        alone = norm_of([p.grad for p in self._plain if p.grad is not None])
+        alone = norm_of([p.grad for n, p in self._plain if p.grad is not None and n not in (without or ())])
         return math.sqrt(square + alone * alone) if square >= 0 else square
 
     def zero(self, name: str) -> None:
         """After `finish`: a parameter that no rank of this axis used has a gradient of zeros."""
-        cut = next(cut for cut in self._cuts if cut.name == name)
-        self._hand_out(cut, torch.zeros_like(cut.own))
+        for cut in self._cuts:
+            if cut.name == name:
+                self._hand_out(cut, torch.zeros_like(cut.own))
+        for plain, p in self._plain:
+            if plain == name:
+                p.grad = torch.zeros_like(p)
 
     def scale(self, factor: float) -> None:
-        grads = [grad for _, grad in self._gradients()] + [p.grad for p in self._plain if p.grad is not None]
+        grads = [grad for _, grad in self._gradients()] + [p.grad for _, p in self._plain if p.grad is not None]
         if grads:
             torch._foreach_mul_(grads, factor)
 
     def clear(self) -> None:
         """Forget the gradients; parameters that were gathered are given back."""
-        if self._travelling is not None:  # the step failed
-            self._travelling = None
+        if self._travelling is not None:  # the step failed, and the message may still be read
+            self._travelling, self._packed = None, {}
         for cut in self._cuts:
             cut.whole.grad = cut.own.grad = None
-        for p in self._plain:
+        for _, p in self._plain:
             p.grad = None
         for bundle in self._bundles:
             bundle.sum = None
             bundle.missing = len(bundle.members)
         self.rows = {}
         self._next = 0
-        if self._units is not None:
-            self._units.close()
+        self._reset_units()
 
     def close(self) -> None:
         for hook in self._hooks:
@@ -179,26 +192,44 @@ class Scatter:
             if cut.own.requires_grad:
                 hook = functools.partial(self._arrived, index)
                 self._hooks.append(cut.whole.register_post_accumulate_grad_hook(hook))
-        unit_of = {id(cut): unit for unit in (self._units.each if self._units else ()) for cut in unit.cuts}
+        parts = self._units.each[1:] if self._units else ()
+        unit_of = {id(cut): unit for unit in parts for cut in unit.cuts}
         groups: dict[tuple[int, torch.dtype], list[int]] = {}
         for index, cut in enumerate(self._cuts):
             if cut.own.requires_grad:
                 groups.setdefault((id(unit_of.get(id(cut))), cut.whole.dtype), []).append(index)
-        ranks = self._shard.size()
-        self._bundles = [
-            _Bundle(members, self._cuts, unit_of.get(id(self._cuts[members[0]])), ranks)
-            for members in reversed(groups.values())
-        ]
+        self._bundles = []
+        for members in reversed(groups.values()):
+            unit = unit_of.get(id(self._cuts[members[0]]))
+            pieces = [members] if unit is not None else self._in_pieces(members)
+            self._bundles += [_Bundle(piece, self._cuts, unit, self._shard.size()) for piece in pieces]
+        self._bundle_of = {index: bundle for bundle in self._bundles for index in bundle.members}
+
+    def _in_pieces(self, members: Sequence[int]) -> list[list[int]]:
+        """Parameters that are in no unit leave some at a time, the last ones first."""
+        least = sum(cut.whole.numel() for cut in self._cuts) // PIECES
+        pieces: list[list[int]] = [[]]
+        for index in reversed(members):
+            if sum(self._cuts[i].whole.numel() for i in pieces[-1]) > least:
+                pieces.append([])
+            pieces[-1].insert(0, index)
+        return pieces
 
     def _arrived(self, index: int, _: nn.Parameter) -> None:
         if self._staged:
             return
-        bundle = next(b for b in self._bundles if index in b.members)
+        if index in self._seen:
+            raise JobError(
+                f"the gradient of '{self._cuts[index].name}' arrived again after it had been sent: activation "
+                "checkpointing is reentrant. Use use_reentrant=False."
+            )
+        self._seen.add(index)
+        bundle = self._bundle_of[index]
         bundle.missing -= 1
         self._advance()
 
     def _flush(self) -> None:
-        """A microbatch's backward is over: what it did not use counts as zero."""
+        """Send what is left."""
         for bundle in self._bundles[self._next :]:
             bundle.missing = 0
         self._advance()
@@ -206,8 +237,13 @@ class Scatter:
         self._next = 0
         for bundle in self._bundles:
             bundle.missing = len(bundle.members)
-        if self._units is not None:
-            self._units.close_parts()
+        self._seen = set()
+        self._reset_units()
+
+    def _reset_units(self) -> None:
+        """Units are closed, but for what is in none, until the step ends."""
+        for unit in self._units.each[1:] if self._units is not None else ():
+            unit.reset(sum(bundle.unit is unit for bundle in self._bundles))
 
     def _advance(self) -> None:
         while self._next < len(self._bundles) and self._bundles[self._next].missing <= 0:
@@ -228,10 +264,8 @@ class Scatter:
         bundle.rows.pack(grads, packed)
         for cut in bundle.cuts:
             cut.whole.grad = None
-        part = bundle.unit if self._units is not None and bundle.unit is not self._units.each[0] else None
-        # with frozen parameters among those that are trained (adapters), what is left of its backward may need them
-        if part is not None and all(cut.own.requires_grad for cut in part.cuts):
-            part.close()
+        if bundle.unit is not None:
+            bundle.unit.sent()
         piece = packed.new_empty(bundle.rows.size)
         self._travelling = bundle, piece, self._scatter.reduce_scatter_single(piece, packed)
 
@@ -259,9 +293,10 @@ class Scatter:
     def _exchange_row(self) -> tuple[list[tuple[float, float]], list[float]]:
         """Everybody's losses and weights, and how many ranks used each parameter."""
         cut_at = self._batch.size * COLUMNS
-        row = torch.zeros(cut_at + len(self._cuts), device=self._device)
+        used = [*self._used, *(int(p.grad is not None) for _, p in self._plain)]
+        row = torch.zeros(cut_at + len(used), device=self._device)
         statistics.fill(row[:cut_at], self._reports)
-        row[cut_at:] = torch.tensor(self._used, dtype=row.dtype)
+        row[cut_at:] = torch.tensor(used, dtype=row.dtype)
         self._wait([self._batch_group.all_reduce(row)])
         found = row.tolist()
         return statistics.decode(found[:cut_at]), found[cut_at:]

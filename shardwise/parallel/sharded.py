@@ -42,6 +42,11 @@ def gathered(module: nn.Module, names: Sequence[str], mesh: Mesh) -> Units:
     cuts = []
     for name, p in module.named_parameters():
         if name in places and p.dim():
+            if p._backward_hooks or p._post_accumulate_grad_hooks:
+                raise JobError(
+                    f"'{name}' has a hook on its gradient, which zero=3 would not call: there the gradient is another "
+                    "tensor's. Take the hook off, or use zero=2."
+                )
             whole = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=p.device), p.requires_grad)
             cuts.append(Cut(name, whole, p, places[name]))
     return Units(module, cuts, group)
@@ -63,14 +68,13 @@ class ShardedUpdates(Synchroniser):
         self._known: set[int] = set()  # optimizers that may update by rows
         self._device = mesh.device
         self._scatter: Scatter | None = None
-        super().__init__(named, mesh.axis("batch"), plan.sync)
-        if units is not None or (plan.zero == 2 and plan.pipeline == 1):
-            assert isinstance(self._reducer, Reducer)
-            self._reducer.close()
+        by_rows = units is not None or (plan.zero == 2 and plan.pipeline == 1)
+        batch = mesh.axis("batch")
+        super().__init__(named, batch._replace(size=1) if by_rows else batch, plan.sync)
+        if by_rows:
             own = [cut for unit in (units.each if units else ()) for cut in unit.cuts]
             cuts = own or [Cut(name, p, p) for name, p in named() if p.dim()]
-            plain = [p for _, p in named() if not p.dim()]
-            self._scatter = Scatter(cuts, plain, mesh, units)
+            self._scatter = Scatter(cuts, [(name, p) for name, p in named() if not p.dim()], mesh, units)
 
     @property
     def reducer(self) -> Reducer | Scatter:
@@ -78,10 +82,15 @@ class ShardedUpdates(Synchroniser):
         assert isinstance(found, Reducer | Scatter)
         return found
 
+    def after_backward(self) -> None:
+        if self._scatter is not None:
+            self._scatter.end_micro()
+
     def finish_step(self, optimizers: Optimizers, *, skipped: bool) -> float:
         for each in optimizers:
             if id(each) not in self._known:
                 refuse_unlike_by_rows(each, self._group, self._device)
+                self._cut_states(each)
                 self._known.add(id(each))
         if skipped:
             return 0.0
@@ -92,6 +101,17 @@ class ShardedUpdates(Synchroniser):
         self._spread()
         return 0.0
 
+    def _cut_states(self, optimizer: torch.optim.Optimizer) -> None:
+        """States that the optimizer made when it was built are as long as whole parameters."""
+        cuts = {id(cut.own): cut.whole for unit in (self._units.each if self._units else ()) for cut in unit.cuts}
+        for p, state in optimizer.state.items():
+            whole = cuts.get(id(p), p)
+            if whole.dim():
+                rows = Rows([whole.shape], self._group.size())
+                for key, value in state.items():
+                    if isinstance(value, Tensor) and value.shape == whole.shape:
+                        state[key] = rows.own(0, value, self._group.rank()).clone()
+
     @contextlib.contextmanager
     def _by_rows(self) -> Iterator[None]:
         """In this block parameters and gradients are this rank's rows: views of the whole."""
@@ -101,7 +121,7 @@ class ShardedUpdates(Synchroniser):
             grad = self._gradient(index, name, p, rows)
             p.grad = None
             p.data = rows.own(index, wholes[index], rank)
-            p.grad = grad if p.numel() else None
+            p.grad = grad
         try:
             yield
         finally:
@@ -146,6 +166,7 @@ def _works_by_rows(optimizer: torch.optim.Optimizer) -> bool:
     grads = [torch.linspace(-2, 3, 12, dtype=torch.float64).view(4, 3).roll(turn).square() for turn in (1, 5)]
     asked = inspect.signature(type(optimizer)).parameters  # what defaults hold beyond them is the class's own
     known = {key: optimizer.param_groups[0][key] for key in optimizer.defaults if key in asked}
+    known |= {"lr": 0.1} if "lr" in known else {}  # which a warm-up may begin at zero
     try:
         found = []
         for parts in ([slice(0, 4)], [slice(0, 2), slice(2, 4)]):

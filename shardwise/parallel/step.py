@@ -179,7 +179,7 @@ def _gradients(
     """Forward and backward of every microbatch, then the sums over all ranks, and the seconds waited for others."""
     earlier, span = replica.mesh.waited_s(), replica.mesh.timeline.span
     replica.begin(len(micro))
-    with replica.formats.step(several=len(micro) > 1):
+    with replica.formats.step(several=len(micro) > 1), replica.watching():
         if replica.pipelined is not None:
             _in_stages(replica, replica.pipelined, micro, loss, forward, scaler)
         elif replica.coupled == "gather":

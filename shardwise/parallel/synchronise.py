@@ -86,6 +86,9 @@ class Synchroniser:
         """Which of a step's samples this rank computes, at least so many, where that is not the same in every step."""
         return None
 
+    def after_backward(self) -> None:
+        """The backward pass of a microbatch is over."""
+
     @property
     def reducer(self) -> Reducer | Scatter | Alone:
         """What the gradients of the coming step go through."""

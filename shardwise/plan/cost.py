@@ -41,7 +41,9 @@ def time_parts(profile: ModelProfile, plan: Plan, job: JobFacts, cluster: Cluste
         bucket = plan.sync.bucket_bytes or bucket_bytes(whole, cluster, plan.replicas)
         message_s = all_reduce_seconds(cluster, plan.replicas)
         exchanged = exposed_s(whole, bucket, BACKWARD * forward / plan.microbatches, message_s)
-        exchanged += _gatherings(plan) * all_reduce_seconds(cluster, plan.shard)(whole) / 2 if plan.shard > 1 else 0
+        if plan.shard > 1:
+            exchanged *= plan.microbatches / 2 if plan.zero > 1 and not plan.stages else 1  # each leaves by rows
+            exchanged += _gatherings(plan) * all_reduce_seconds(cluster, plan.shard)(whole) / 2
     device = cluster.devices[0]
     touched = held["parameters"] * 3 + 2 * held["optimizer"]
     bandwidth = device.memory_bandwidth or 10e9

@@ -33,7 +33,7 @@ def memory_parts(profile: ModelProfile, plan: Plan, job: JobFacts, *, on_cpu: bo
     for part in ("parameters", "gradients", "optimizer"):
         parts[part] = -(-parts[part] // plan.tensor)  # as if all were split: norms, which are not, are small
     largest = max((block.parameter_bytes for block in profile.blocks), default=0)
-    _shard(parts, plan, largest)
+    _shard(parts, plan, profile)
     if plan.replicas > 1 or plan.microbatches > 1 or plan.exact:
         parts["arriving gradients"] = largest  # autograd's own tensor lives until it is added to its bucket
     if on_cpu:
@@ -41,16 +41,20 @@ def memory_parts(profile: ModelProfile, plan: Plan, job: JobFacts, *, on_cpu: bo
     return parts
 
 
-def _shard(parts: dict[str, int], plan: Plan, largest: int) -> None:
-    """What the shard axis leaves of it on a rank (Rajbhandari et al. 2020, section 5). With zero=3 two of the blocks
-    are whole at a time: the one that computes, and one whose gradients leave. Stages keep whole gradients for a step.
+def _shard(parts: dict[str, int], plan: Plan, profile: ModelProfile) -> None:
+    """What the shard axis leaves of it on a rank (Rajbhandari et al. 2020, section 5). Stages keep whole gradients.
+
+    With zero=3 two of the blocks are whole at a time, the one that computes and one whose gradients leave; what is in
+    no block is whole for all of the step, and so is its gradient in the end.
     """
+    each = [block.parameter_bytes for block in repeated(profile)]
+    largest = max(each, default=0)
     sharded = {"optimizer": 1, "gradients": 2, "parameters": 3}
     for part, zero in sharded.items():
         if plan.zero >= zero and not (part == "gradients" and plan.stages):
             parts[part] = -(-parts[part] // plan.shard)
     if plan.shard > 1 and plan.zero > 1:
-        parts["gathered blocks"] = (2 if plan.zero == 3 else 1) * largest
+        parts["gathered"] = 2 * largest + 2 * (profile.parameter_bytes - sum(each)) if plan.zero == 3 else largest
 
 
 def _activations(profile: ModelProfile, plan: Plan) -> int:
