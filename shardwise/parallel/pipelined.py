@@ -172,12 +172,8 @@ class Pipelined:
     @contextlib.contextmanager
     def _bare(self) -> Iterator[None]:
         """The module as the user made it."""
-        units, tensors = self._attached().units, self._attached().tensors
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self._stage.closed())
-            stack.enter_context(units.bare() if units else contextlib.nullcontext())
-            stack.enter_context(tensors.closed() if tensors else contextlib.nullcontext())
-            stack.enter_context(self._attached().quiet())
+        units = self._attached().units
+        with self._stage.closed(), units.bare() if units else contextlib.nullcontext(), self._attached().quiet():
             yield
 
     def _compute(self, number: int, chunk: int, came: Sequence[Tensor]) -> Any:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,16 +56,6 @@ class Tensors:
             unit.close()
         for config in self._caches:
             config.use_cache = True
-
-    @contextmanager
-    def closed(self) -> Iterator[None]:
-        """In this block the module's forwards are its own."""
-        for unit in self.units:
-            unit.close()
-        try:
-            yield
-        finally:
-            self.open()
 
     def gather(self) -> None:
         """Every rank takes the others' parts: the module is whole again, and an ordinary one. Collective."""

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from shardwise.models.profile import quiet
@@ -67,7 +68,9 @@ def capture(module: nn.Module, args: Any, kwargs: Any, shapes: Mapping[str, Shap
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     devices = {tensor.device for tensor in state.values() if tensor.is_cuda}
-    with torch.random.fork_rng(devices=list(devices)), quiet():
+    # What a checkpoint around the call, say, does with operations and saved tensors is not for those of the capture.
+    unseen = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with torch.random.fork_rng(devices=list(devices)), quiet(), _disable_current_modes(), unseen:
         try:
             return _capture(module, mode, state, leaves, tree, shapes or {})
         except Exception:  # whatever the user's code does with what it is given: then this call is not captured

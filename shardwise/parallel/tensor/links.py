@@ -27,7 +27,7 @@ class GroupLinks:
         return entered
 
     def total(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
-        """The sum of the ranks' terms, in place of `x`, and `addend` once."""
+        """The sum of the ranks' terms, and `addend` once."""
         found: Tensor = _Total.apply(x, self.group)
         return found if addend is None else found + addend.to(found.dtype)
 
@@ -61,7 +61,7 @@ class _Enter(torch.autograd.Function):
 class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        mine = x.detach().contiguous()
+        mine = x.detach().clone(memory_format=torch.contiguous_format)  # who keeps `x` to compute again needs it
         group.all_reduce(mine).wait()
         return mine
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -64,7 +65,8 @@ class Unit:
             child.dissolve()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        raise AssertionError("a unit was copied while it was open")
+        """A copy of the module runs its own forward."""
+        return copy.deepcopy(self._forward, memo)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._owned:

@@ -13,7 +13,7 @@ from shardwise.errors import JobError, SpecError
 from shardwise.models.gpt import GPT
 from shardwise.parallel.parallelize import parallelize
 from shardwise.parallel.tensor.find import find_splits
-from shardwise.spec.plan import Plan, Split
+from shardwise.spec.plan import Plan, Recompute, Split
 from tests.ranks import Rank, run_ranks
 
 QUICK = ("tied", "dropout")
@@ -71,6 +71,13 @@ def test_stages_of_tensor_ranks_train_like_one_process(name: str) -> None:
 @pytest.mark.parametrize("name", ["tied", "dropout", "frozen", "encoder"])
 def test_shards_of_tensor_ranks_train_like_one_process(name: str, zero: int) -> None:
     compare(name, {"clip_norm": 0.5}, shard=2, zero=zero, tensor=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [{}, {"pipeline": 2}, {"shard": 2}])
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_tensor_ranks_that_compute_again_train_like_one_process(mode: Any, axes: dict[str, int]) -> None:
+    compare("dropout", tensor=2, recompute=Recompute(mode=mode), **axes)
 
 
 @pytest.mark.slow
