@@ -12,7 +12,7 @@ from msgspec import Struct, field
 from torch import nn
 
 from shardwise.checkpoint.manifest import Manifest
-from shardwise.checkpoint.tensorfile import dtype_of
+from shardwise.checkpoint.tensorfile import dtype_of, local_part
 from shardwise.errors import CheckpointError
 from shardwise.spec.layout import holds, local_shape, stage_rank, stages_with
 from shardwise.spec.plan import Plan
@@ -191,7 +191,8 @@ class OptimizerLoad:
         entry = self._manifest.tensors[name]
         dtype = dtype_of(entry.dtype)
         shape = local_shape(name, entry.shape, self._plan, self._rank)
-        if shape == tuple(p.shape):
+        is_dtensor = local_part(p) is not p
+        if tuple(p.shape) == (entry.shape if is_dtensor else shape):
             return self._new(p, dtype)
         # torch keeps a step count on the CPU unless the optimizer runs in one kernel or graph
         on_cpu = key == "step" and not (group.get("fused") or group.get("capturable"))

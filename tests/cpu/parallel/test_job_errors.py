@@ -126,5 +126,5 @@ def test_a_second_backward_before_synchronise_is_refused() -> None:
 
 
 def test_what_the_plan_asks_and_no_runtime_has_is_refused() -> None:
-    with pytest.raises(RankFailed, match="tensor=2, which this version cannot run yet"):
-        run_ranks(2, lambda rank: parallelize(jobs.net(), plan := Plan(tensor=2), rank.mesh(plan)))
+    with pytest.raises(RankFailed, match="context=2, which this version cannot run yet"):
+        run_ranks(2, lambda rank: parallelize(jobs.net(), plan := Plan(context=2), rank.mesh(plan)))

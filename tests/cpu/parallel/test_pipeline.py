@@ -64,11 +64,13 @@ def on_ranks(rank: Rank, name: str, schedule: str, virtual: int, count: int | No
     assert group is not None
     numbers = stages_of(rank.rank, plan)
     names: set[str] = {name for name, _ in module.named_parameters()}
-    first = Flows(module, plan, contextlib.nullcontext, numbers=numbers, kept=names).route(steps[0][0], loss=loss)
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    how: dict[str, Any] = {"numbers": numbers, "kept": names, "shapes": shapes}
+    first = Flows(module, plan, contextlib.nullcontext, **how).route(steps[0][0], loss=loss)
     names = {parameter for number in numbers for parameter in held(module, first.flow, first.parts[number])}
     stage = Stage(module, plan.blocks, names)
     stage.open()
-    flows = Flows(module, plan, stage.closed, numbers=numbers, kept=names)
+    flows = Flows(module, plan, stage.closed, numbers=numbers, kept=names, shapes=shapes)
     micros: list[Micro] = []
     values: list[float] = []
     reduced: list[int] = []

@@ -132,7 +132,8 @@ def test_a_stage_sees_the_flow_of_the_whole_module(name: str) -> None:
     stage.open()
     before = {n: t.clone() for n, t in (*module.named_parameters(), *module.named_buffers())}
     plan = Plan(pipeline=2, blocks=blocks, stages=ends)
-    flows = Flows(module, plan, stage.closed, numbers=[1], kept=mine)
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    flows = Flows(module, plan, stage.closed, numbers=[1], kept=mine, shapes=shapes)
     state = torch.get_rng_state()
     seen = flows.route(one, loss=loss).flow
     assert torch.equal(torch.get_rng_state(), state)
