@@ -210,11 +210,8 @@ def test_two_replicas_of_two_stages_train_like_one_process(name: str) -> None:
 @pytest.mark.parametrize(
     ("schedule", "virtual"),
     [
-        ("zbv", 2),
-        *(
-            pytest.param(name, 2 if name in SEVERAL_STAGES else 1, marks=pytest.mark.slow)
-            for name in ("naive", "gpipe", "interleaved", "zero_bubble")
-        ),
+        pytest.param(name, 2 if name in SEVERAL_STAGES else 1, marks=pytest.mark.slow)
+        for name in ("naive", "gpipe", "interleaved", "zero_bubble", "zbv")
     ],
 )
 def test_two_replicas_train_alike_under_every_schedule(schedule: str, virtual: int) -> None:

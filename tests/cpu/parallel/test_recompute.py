@@ -117,7 +117,7 @@ def exactly(rank: Rank, plan: Plan) -> list[list[float]]:
     ("name", "schedule"),
     [
         ("dropout", "1f1b"),
-        ("tied", "zbv"),
+        pytest.param("tied", "zbv", marks=pytest.mark.slow),
         pytest.param("encoder", "1f1b", marks=pytest.mark.slow),
         *(pytest.param("dropout", s, marks=pytest.mark.slow) for s in ("gpipe", "interleaved", "zero_bubble", "zbv")),
         pytest.param("resnet", "1f1b", marks=pytest.mark.slow),

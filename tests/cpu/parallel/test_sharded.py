@@ -29,7 +29,7 @@ def test_replicas_of_shards_train_like_one_process(name: str, zero: int) -> None
 @pytest.mark.parametrize(
     ("name", "zero"),
     [
-        pytest.param(n, z, marks=[] if (n, z) in (("tied", 3), ("dropout", 1)) else pytest.mark.slow)
+        pytest.param(n, z, marks=[] if (n, z) in (("tied", 3),) else pytest.mark.slow)
         for n in WITHOUT_NORMS
         for z in (1, 2, 3)
     ],

@@ -90,7 +90,7 @@ def slow(*values: Any) -> Any:
 @pytest.mark.parametrize(
     ("recipe", "lora", "plan"),
     [
-        ("minilm", False, "pipeline=2"),
+        slow("minilm", False, "pipeline=2"),
         slow("minilm", True, "pipeline=2"),
         slow("smollm2", True, "pipeline=2"),
         slow("smollm2", False, "pipeline=2"),
