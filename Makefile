@@ -44,7 +44,7 @@ check: setup-dev
 	$(BIN)/python -m pytest tests/test_architecture.py
 
 bench: setup-bench
-	for name in data_parallel startup loader collectives slow_link param_server memory; do $(BIN)/python -m bench $$name --json bench/results/$$name.json || exit 1; done
+	for name in data_parallel startup loader collectives slow_link param_server pipeline tensor memory; do $(BIN)/python -m bench $$name --json bench/results/$$name.json || exit 1; done
 
 format: setup-dev
 	$(BIN)/ruff format .

@@ -169,3 +169,11 @@ def test_memory(tmp_path: Path) -> None:
     case = "GPT of 4 M parameters"
     full, plain = (rows[case, system, "peak_bytes"]["median"] for system in ("shardwise:recompute=full", "shardwise"))
     assert full < plain
+
+
+def test_tensor(tmp_path: Path) -> None:
+    rows = quick("tensor", tmp_path)
+    assert_measured(rows, rounds=3)
+    case = "64 tokens a step, width 512, 2 ranks"
+    times = [rows[case, system, "step_time"]["median"] for system in ("shardwise", "dtensor")]
+    assert rows[case, "shardwise", "ratio_to_dtensor"]["median"] == pytest.approx(times[0] / times[1], rel=0.5)
