@@ -58,7 +58,7 @@ def plan_of(name: str, layout: str) -> Plan:
     return cut(name, plan) if plan.pipeline > 1 else plan
 
 
-QUICK = {("zero 3", "one"), ("data", "shards of stages"), ("replicas of shards", "zero 2")}
+QUICK = {("zero 3", "one"), ("replicas of shards", "zero 2")}
 PAIRS = [(a, b) for a in LAYOUTS for b in LAYOUTS if a != b]
 
 

@@ -9,18 +9,20 @@ from test_pipelined import CLOSE, MICROS, MODELS, compare, cut, in_stages
 from shardwise.spec.plan import Plan
 from tests.ranks import run_ranks
 
-QUICK = ("tied", "dropout")
+QUICK = (("tied", 1), ("tied", 2), ("dropout", 3))
 NORMS = ("norm", "resnet")  # over the samples of all ranks: no one process has the same
 WITHOUT_NORMS = [name for name in MODELS if name not in NORMS]
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in WITHOUT_NORMS])
+@pytest.mark.parametrize(
+    ("name", "zero"),
+    [pytest.param(n, z, marks=[] if (n, z) in QUICK else pytest.mark.slow) for n in WITHOUT_NORMS for z in (1, 2, 3)],
+)
 def test_two_shards_train_like_one_process(name: str, zero: int) -> None:
     compare(name, shard=2, zero=zero)
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("name", ["tied", pytest.param("frozen", marks=pytest.mark.slow)])
 def test_replicas_of_shards_train_like_one_process(name: str, zero: int) -> None:
     compare(name, {"clip_norm": 0.5}, data=2, shard=2, zero=zero)

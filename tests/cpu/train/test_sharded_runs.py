@@ -16,7 +16,7 @@ from tests.cpu.train.test_train import losses, named, weights
 Train = Callable[..., Any]
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_two_shards_train_like_one_process(zero: int, trained: Train) -> None:
     one, two = trained(plan="data=1"), trained(plan=f"shard=2,zero={zero}")
     assert losses(two.path) == pytest.approx(losses(one.path), rel=1e-5)
