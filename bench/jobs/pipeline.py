@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import shardwise as sw
 from bench import staged
-from bench.case import Case
-from bench.jobs.token_file import TokenFile
-from bench.served import Served
+from bench.jobs.plain import plain
 
 
 def job() -> sw.TrainJob:
-    case = Case.from_environment()
-    return sw.TrainJob(
-        model=lambda: staged.whole(case),
-        loss=sw.next_token_loss,
-        data=TokenFile(Path(case.folder) / "tokens.bin", case.context),
-        optimizer=sw.adamw(lr=case.lr, betas=(0.9, 0.95), weight_decay=0.1),
-        global_batch=case.global_batch,
-        steps=10**9,
-        seed=case.seed,
-        callbacks=(Served(lambda: 0.0),),
-        save_every=0,  # the peers save nothing either
-    )
+    return plain(staged.whole)

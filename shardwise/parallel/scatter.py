@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from shardwise.comm.collectives import totals
 from shardwise.comm.group import Group
 from shardwise.comm.mesh import Mesh
-from shardwise.errors import JobError
+from shardwise.errors import JobError, SpecError
 from shardwise.parallel import statistics
 from shardwise.parallel.clip import norm_of
 from shardwise.parallel.rows import Cut, Rows
 from shardwise.parallel.statistics import COLUMNS, Totals
 from shardwise.parallel.units import Unit, Units
 
+OWN_LOOP = "a loop that calls backward itself does not go with zero=2 and 3. Use run.step or sw.session, or zero=1."
 PIECES = 16  # that the gradients leave in, at most, where no units say how
 
 
@@ -101,7 +102,8 @@ class Scatter:
 
     def finish(self, *, mean: bool = False) -> tuple[Totals, float]:
         """Send what is left and wait for all of it; the totals of `report`, and the seconds spent waiting."""
-        assert not mean, "the caller normalises by the global weight"
+        if mean:
+            raise SpecError(OWN_LOOP)
         if self._staged:
             self._flush()
         if self._data is not None:
@@ -170,7 +172,7 @@ class Scatter:
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        raise AssertionError("a loop of the user's own does not go with a shard axis")
+        raise SpecError(OWN_LOOP)
         yield
 
     # Inside.

@@ -281,3 +281,17 @@ def test_recurrent_layers_compute_with_the_whole_weights() -> None:
     expected = run_ranks(1, recurrent, Plan())[0]
     for found in run_ranks(2, recurrent, Plan(shard=2, zero=3)):
         assert found == pytest.approx(expected, rel=1e-5)
+
+
+def looping(rank: Rank, zero: int) -> list[str]:
+    replica = parallelize(blocks(), plan := Plan(shard=2, zero=zero), rank.mesh(plan))
+    with pytest.raises(SpecError) as synchronising:
+        replica.synchronise()
+    with pytest.raises(SpecError) as accumulating, replica.no_sync():
+        pass
+    return [str(synchronising.value), str(accumulating.value)]
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_a_loop_of_the_user_s_own_is_refused(zero: int) -> None:
+    assert all("a loop that calls backward itself" in said for both in run_ranks(2, looping, zero) for said in both)

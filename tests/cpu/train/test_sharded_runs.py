@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from shardwise.errors import ClusterError, NoPlanFits, SpecError
+from shardwise.errors import NoPlanFits, SpecError
 from shardwise.train import api
-from tests.cpu.train.test_train import losses, named, weights
+from tests.cpu.train.test_train import goes_on, losses, named, weights
 
 Train = Callable[..., Any]
 
@@ -36,15 +36,7 @@ def test_two_shards_train_like_one_process(zero: int, trained: Train) -> None:
     ],
 )
 def test_a_killed_run_goes_on_in_another_layout(before: str, after: str, trained: Train, tmp_path: Path) -> None:
-    flag = str(tmp_path / "killed")
-    whole = trained(plan="data=1")
-    with pytest.raises(ClusterError):
-        trained(plan=before, die_at=7, flag=flag)
-    went_on = trained(plan=after, resume="latest")
-    assert named(went_on.path, "resumed")[0]["step"] == 4
-    assert losses(went_on.path)[-8:] == pytest.approx(losses(whole.path)[4:], rel=1e-5)
-    for name, tensor in weights(whole.path).items():
-        torch.testing.assert_close(weights(went_on.path)[name], tensor, rtol=1e-4, atol=1e-6)
+    goes_on(before, after, trained, tmp_path)
 
 
 def test_a_plan_says_what_sharding_saves(trained: Train, tmp_path: Path) -> None:

@@ -33,6 +33,20 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return dict(use.load_module(folder, use.load_job(folder), "latest").state_dict())
 
 
+def goes_on(before: str, after: str, trained: Train, tmp_path: Path) -> Any:
+    """A run that was killed under one plan goes on under another as if nothing had happened; the run that went on."""
+    flag = str(tmp_path / "killed")
+    whole = trained(plan="data=1")
+    with pytest.raises(ClusterError):
+        trained(plan=before, die_at=7, flag=flag)
+    went_on = trained(plan=after, resume="latest")
+    assert named(went_on.path, "resumed")[0]["step"] == 4
+    assert losses(went_on.path)[-8:] == pytest.approx(losses(whole.path)[4:], rel=1e-5)
+    for name, tensor in weights(whole.path).items():
+        torch.testing.assert_close(weights(went_on.path)[name], tensor, rtol=1e-4, atol=1e-6)
+    return went_on
+
+
 def test_two_ranks_train_like_one(trained: Train) -> None:
     one, two = trained(plan="data=1"), trained(plan="data=2")
     assert one.status == two.status == "finished"
