@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shardwise.data.gguf import read_gguf
+from shardwise.data.gguf import Gguf, read_gguf
 from shardwise.errors import CheckpointError, DataError, MissingPackage
 
 _CHUNK_ELEMENTS = 1 << 20
@@ -87,8 +87,7 @@ def tensors(path: Path) -> dict[str, Quantised]:
             f"{path} holds a model of the kind '{kind}'; of GGUF files only those of a Llama can be read. Use its "
             "safetensors."
         )
-    heads = int(held.settings["llama.attention.head_count"])
-    pairs = {"attn_q": heads, "attn_k": int(held.settings.get("llama.attention.head_count_kv", heads))}
+    pairs = _heads(path, held)
     size, found = path.stat().st_size, {}
     for stored, one in held.tensors.items():
         name, part = _name(stored)
@@ -96,10 +95,26 @@ def tensors(path: Path) -> dict[str, Quantised]:
             block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(one.kind)]
         except (ValueError, KeyError):
             raise CheckpointError(f"'{stored}' in {path} is in a format that is not known here: {one.kind}.") from None
+        if not one.size or len(one.shape) != 2 and part in pairs:
+            raise CheckpointError(f"'{stored}' in {path} has the shape {list(one.shape)}, which no Llama has.")
         row_bytes = one.shape[-1] // block * block_bytes
         if one.shape[-1] % block or one.start + one.size // one.shape[-1] * row_bytes > size:
             raise CheckpointError(f"{path} is not whole: '{stored}' would end behind its last byte. Fetch it again.")
-        found[name] = Quantised(path, one.start, row_bytes, one.kind, one.shape, pairs.get(part, 0))
+        found[name] = Quantised(
+            path, one.start, row_bytes, one.kind, one.shape, pairs.get(part, 0) if len(one.shape) > 1 else 0
+        )
+    return found
+
+
+def _heads(path: Path, held: Gguf) -> dict[str, int]:
+    """How many heads have their rows in pairs, by the part of a block."""
+    try:
+        heads = int(held.settings["llama.attention.head_count"])
+        found = {"attn_q": heads, "attn_k": int(held.settings.get("llama.attention.head_count_kv", heads))}
+    except (KeyError, TypeError, ValueError):
+        found = {}
+    if not found or min(found.values()) < 1:
+        raise CheckpointError(f"{path} does not say how many heads its model has. Fetch it again.")
     return found
 
 

@@ -114,7 +114,7 @@ def _files(path: Path) -> list[Path]:
     if path.is_dir():
         index = path / "model.safetensors.index.json"
         if index.is_file():
-            return sorted({path / name for name in json.loads(index.read_bytes())["weight_map"].values()})
+            return _indexed(path, index)
         for kind in ("*.safetensors", "*.gguf"):
             if found := sorted(path.glob(kind)):
                 return found
@@ -123,6 +123,16 @@ def _files(path: Path) -> list[Path]:
     pickled = path.suffix in _PICKLES or (path.is_dir() and any(p.suffix in _PICKLES for p in path.iterdir()))
     why = " A pickle can run code when it is read, so it is not; convert it to safetensors." if pickled else ""
     raise CheckpointError(f"there are no weights in {path}: no .safetensors and no .gguf file.{why}")
+
+
+def _indexed(path: Path, index: Path) -> list[Path]:
+    try:
+        found = sorted({path / str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        found = []
+    if not found:
+        raise CheckpointError(f"{index} does not say which files have the weights: fetch it again.")
+    return found
 
 
 def _header(path: Path) -> dict[str, Source]:
@@ -134,7 +144,7 @@ def _header(path: Path) -> dict[str, Source]:
     try:
         entries = json.loads(raw)
         found = {name: _entry(path, 8 + length, entry) for name, entry in entries.items() if name != "__metadata__"}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{path} is no safetensors file, or not a whole one: fetch it again.") from None
     for name, one in found.items():
         if one.start < 8 + length or one.start + one.size > size:

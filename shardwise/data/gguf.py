@@ -61,7 +61,7 @@ def read_gguf(path: Path) -> Gguf:
             data = -(-file.tell() // step) * step
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from None
-    except (struct.error, ValueError, IndexError, MemoryError, OverflowError):
+    except (struct.error, ValueError, TypeError, IndexError, ArithmeticError, MemoryError, RecursionError):
         raise DataError(f"{path} is cut off or altered: fetch it again.") from None
     return Gguf(found, {name: Tensor(shape, kind, data + start) for name, (shape, kind, start) in places.items()})
 

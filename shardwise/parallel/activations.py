@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from shardwise.parallel.spill import Buffer, Place, Spill, padding
 from shardwise.spec.plan import Plan
 
 SMALLEST = 64 * 1024  # bytes: less is not worth the way
+SMALL_SHARE = 8  # a view of less than an eighth of its storage leaves by itself
 MOST_WRITING = 64 << 20  # bytes that may be on their way out at once
 NEAR = 64  # how far back to look for what is read ahead
 ROUND = 1 << 20  # places on disk are multiples of this, so that they are used again
@@ -61,6 +62,13 @@ class _Saved:
         return self.away.bytes().view(self.dtype).as_strided(self.size, self.stride, self.offset)
 
 
+class _Here(NamedTuple):
+    """What stays, and how often it had been written to."""
+
+    tensor: Tensor
+    version: int
+
+
 class Offloaded:
     """Where the activations of one module go. `around` is for its forward passes; backward finds them by itself."""
 
@@ -81,7 +89,11 @@ class Offloaded:
         def pack(tensor: Tensor) -> Any:
             storage = tensor.untyped_storage()
             if storage._cdata in fixed or storage.nbytes() < SMALLEST or not _plain(tensor, self._device):
-                return tensor
+                return _Here(tensor, tensor._version)
+            if SMALL_SHARE * tensor.nbytes < storage.nbytes():  # the rest would go with it
+                tensor = tensor.clone()
+                if tensor.nbytes < SMALLEST:
+                    return _Here(tensor, tensor._version)
             return _Saved(self._away(tensor), tensor)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
@@ -175,8 +187,16 @@ def offloaded(module: nn.Module, plan: Plan, device: torch.device, folder: str |
     return Offloaded(module, where, device, folder) if where != "none" else None
 
 
-def _unpack(saved: Any) -> Tensor:
-    return saved.tensor() if isinstance(saved, _Saved) else saved
+def _unpack(saved: _Here | _Saved) -> Tensor:
+    if isinstance(saved, _Saved):
+        return saved.tensor()
+    if saved.tensor._version != saved.version:  # torch does not look where hooks save
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor "
+            f"of shape {list(saved.tensor.shape)} is at version {saved.tensor._version}; backward needs it at version "
+            f"{saved.version}"
+        )
+    return saved.tensor
 
 
 def _plain(tensor: Tensor, device: torch.device) -> bool:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -73,6 +75,7 @@ class _Block:
         self._own: Callable[..., Any] = module.forward
         tensors = [(part, key) for part in module.modules() for key in part._buffers]
         self._places = [(part, key) for part, key in tensors if part._buffers[key] is not None]
+        self._empty = [place for place in tensors if place not in self._places]
         self._changing: list[tuple[nn.Module, str]] | None = None  # known after the first forward
 
     def open(self) -> None:
@@ -88,7 +91,8 @@ class _Block:
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self._own(*args, **kwargs)
-        return checkpoint(self._own, *args, use_reentrant=False, context_fn=self._contexts, **kwargs)
+        own = partial(self._own, **kwargs)  # `checkpoint` takes some names of keyword arguments for its own
+        return checkpoint(own, *args, use_reentrant=False, context_fn=self._contexts)
 
     def _contexts(self) -> tuple[Any, Any]:
         """What the first run and those after it run in."""
@@ -103,8 +107,14 @@ class _Block:
         """The buffers that its forward may change."""
         return self._places if self._changing is None else self._changing
 
-    def learn(self, before: dict[tuple[nn.Module, str], Tensor], versions: Sequence[int]) -> None:
+    def learn(self, before: dict[tuple[nn.Module, str], Tensor], versions: Sequence[tuple[int, int]]) -> None:
         """After a first run. Raises JobError where a buffer changed that had never changed before."""
+        made = [key for part, key in self._empty if part._buffers[key] is not None]
+        if made:
+            raise JobError(
+                f"'{self.name}' makes its buffer '{made[0]}' in its forward, which recompute cannot follow. Make it "
+                "where the module is built, or leave recompute out."
+            )
         if self._changing is None:
             self._changing = [
                 (part, key)
@@ -117,10 +127,11 @@ class _Block:
                 "recompute cannot follow. Let it change from the first step on, or leave recompute out."
             )
 
-    def versions(self) -> list[int]:
-        """How often the buffers have changed that it is not known to change."""
+    def versions(self) -> list[tuple[int, int]]:
+        """Which buffers there are that it is not known to change, and how often they have changed."""
         known = set(self.watched) if self._changing is not None else set()
-        return [_buffer(part, key)._version for part, key in self._places if (part, key) not in known]
+        left = [_buffer(part, key) for part, key in self._places if (part, key) not in known]
+        return [(id(buffer), buffer._version) for buffer in left]
 
 
 class _Before:
@@ -130,10 +141,10 @@ class _Before:
         self.block = block
         self.random: Any = None
         self.buffers: dict[tuple[nn.Module, str], Tensor] = {}
-        self._versions: list[int] = []
+        self._versions: list[tuple[int, int]] = []
 
     def __enter__(self) -> None:
-        self.random = random.getstate()
+        self.random = _chance()
         with torch.no_grad():
             self.buffers = {place: _buffer(*place).clone() for place in self.block.watched}
         self._versions = self.block.versions()
@@ -155,8 +166,8 @@ class _As:
         self._now: dict[tuple[nn.Module, str], Tensor] = {}
 
     def __enter__(self) -> None:
-        self._random = random.getstate()
-        random.setstate(self._before.random)
+        self._random = _chance()
+        _set_chance(self._before.random)
         self._now = {(part, key): _buffer(part, key) for part, key in self._before.buffers}
         for (part, key), value in self._before.buffers.items():
             part._buffers[key] = value.clone()
@@ -166,7 +177,7 @@ class _As:
     ) -> None:
         for (part, key), value in self._now.items():
             part._buffers[key] = value
-        random.setstate(self._random)
+        _set_chance(self._random)
 
 
 class _Both:
@@ -237,6 +248,18 @@ def _chosen(module: nn.Module, plan: Plan) -> dict[str, nn.Module]:
 def _keeps(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     kept = operator.overloadpacket in PRODUCTS
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _chance() -> tuple[Any, Any]:
+    """The states of Python's random numbers and, where somebody has imported it, numpy's."""
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), numpy.random.get_state() if numpy is not None else None
+
+
+def _set_chance(state: tuple[Any, Any]) -> None:
+    random.setstate(state[0])
+    if state[1] is not None:
+        sys.modules["numpy"].random.set_state(state[1])
 
 
 def _buffer(part: nn.Module, key: str) -> Tensor:

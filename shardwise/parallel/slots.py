@@ -78,7 +78,6 @@ class OnDisk(Array):
         super().__init__(count, dtype)
         self._device, self._spill = device, spill
         self._place = spill.reserve(count * dtype.itemsize)
-        self._mapped: Tensor | None = None
 
     def fetch(self, start: int, stop: int) -> Buffer:
         return self._spill.read(self._place, start * self.dtype.itemsize, self.dtype, stop - start)

@@ -11,7 +11,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as Late
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -24,6 +24,7 @@ from shardwise.units import format_bytes
 
 ALIGN = 4096  # of places in the file, of sizes and of memory, which reading past the cache asks for
 LIMIT_S = 300.0
+MOST_IDLE = 64 * 2**20  # bytes of memory that wait to be used again
 T = TypeVar("T")
 
 
@@ -55,6 +56,10 @@ class Spill:
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="spill")  # one reads ahead, one writes behind
         self._free: dict[int, list[mmap.mmap]] = {}
+        self._idle = 0
+        self._pending: set[Future[Any]] = set()
+        self._map: mmap.mmap | None = None  # of all of the file, or of what it was
+        self._closed = False
         try:
             handle, path = tempfile.mkstemp(prefix="shardwise-", dir=self.folder)
         except OSError as error:
@@ -110,29 +115,45 @@ class Spill:
         size = padding(count * dtype.itemsize)
         with self._lock:
             waiting = self._free.get(size)
-            memory = waiting.pop() if waiting else None
-            self.buffered += size if memory is None else 0
-        return Buffer(memory or mmap.mmap(-1, size), dtype, count)
+            if waiting:
+                self._idle -= size
+                return Buffer(waiting.pop(), dtype, count)
+            while self._idle > MOST_IDLE:  # of sizes that have gone out of use
+                self._drop()
+            self.buffered += size
+        return Buffer(mmap.mmap(-1, size), dtype, count)
+
+    def _drop(self) -> None:
+        size = next(size for size, waiting in self._free.items() if waiting)
+        self._free[size].pop()
+        self._idle -= size
+        self.buffered -= size
 
     def recycle(self, buffer: Buffer) -> None:
         """Nobody looks at this buffer any more."""
         with self._lock:
             self._free.setdefault(len(buffer.memory), []).append(buffer.memory)
+            self._idle += len(buffer.memory)
 
     def mapped(self, place: Place, dtype: torch.dtype, count: int) -> Tensor:
         """What lies in a place as a tensor that takes no memory of its own: the system reads it as it is looked at."""
-        found = mmap.mmap(self._cached, padding(place.size), offset=place.offset)
-        return torch.frombuffer(found, dtype=dtype, count=count)
+        if self._map is None or len(self._map) < place.offset + padding(place.size):
+            self._map = mmap.mmap(self._cached, self._size)
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=place.offset)
 
     def settle(self) -> None:
         """What was written through `mapped` is on disk and out of the file cache."""
+        self._map = None  # as long as it is mapped it stays there
         os.fsync(self._cached)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._cached, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def later(self, work: Callable[..., T], *what: Any) -> Future[T]:
         """Do it on another thread; `wait` has the result."""
-        return self._threads.submit(work, *what)
+        found = self._threads.submit(work, *what)
+        self._pending.add(found)
+        found.add_done_callback(self._pending.discard)
+        return found
 
     def wait(self, work: Future[T]) -> T:
         """The result. Raises RunError when it is not there after `LIMIT_S`."""
@@ -145,11 +166,17 @@ class Spill:
             ) from None
 
     def close(self) -> None:
-        """Give the disk its room back."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        """Give the disk its room back; what is still under way after LIMIT_S keeps the file open."""
+        if self._closed:
+            return
+        self._closed = True
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        late = wait(set(self._pending), LIMIT_S).not_done
         self._free.clear()
-        for handle in {self._file, self._cached}:
-            os.close(handle)
+        self._map = None
+        if not late:
+            for handle in {self._file, self._cached}:
+                os.close(handle)
 
     def _forget(self, place: Place) -> None:
         if hasattr(os, "posix_fadvise"):

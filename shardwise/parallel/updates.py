@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from shardwise.errors import JobError
 from shardwise.models.blocks import find_blocks, num_parameters
 from shardwise.parallel.low_bit import UNSIGNED, dequantize, round_by_chance
 from shardwise.parallel.pieces import works_on_pieces
@@ -101,6 +102,18 @@ class _Piece(NamedTuple):
         return {key: slot.fetch(self.start, self.stop) for key, slot in slots.items()}
 
 
+def _refuse_gaps(name: str, p: nn.Parameter) -> None:
+    """Raise JobError for a parameter whose elements do not lie side by side: pieces of it would be others' memory."""
+    least = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(p.stride(), p.shape, strict=True) if size > 1):
+        if stride != least:
+            raise JobError(
+                f"'{name}' is a view of a larger tensor, so that the plan's states, parameters or offload.optimizer "
+                "cannot take it in pieces. Build it with .contiguous(), or leave them out of the plan."
+            )
+        least *= size
+
+
 class PiecewiseUpdates(Updates):
     """States in the plan's formats and places. `folder` is where a file may lie.
 
@@ -123,6 +136,7 @@ class PiecewiseUpdates(Updates):
         for name, p in named:
             large = p.numel() >= QUANTUM and p.dim() > 1
             if large or id(p) in shrinking:
+                _refuse_gaps(name, p)
                 self._kept[id(p)] = _Kept(name, p, large=large)
         self._cut: dict[int, bool] = {}  # whether an optimizer steps on parts of a parameter too
         self._loading: dict[int, Slot] = {}
@@ -213,6 +227,8 @@ class PiecewiseUpdates(Updates):
                 shown = states if cut else {key: shaped(value, whole) for key, value in states.items()}
                 optimizer.state[p] = {**_copied(kept.before), **shown}
             self._alone(piece)
+            if p.data.data_ptr() != target.data_ptr():  # some optimizers give a parameter another tensor
+                (target if cut else shaped(target, whole)).copy_(p.data)
             found = optimizer.state.pop(p, {})
         finally:
             p.grad = None
@@ -278,14 +294,17 @@ class PiecewiseUpdates(Updates):
     def shown(self, optimizers: Optimizers) -> Iterator[None]:
         masters = [(kept.parameter, kept.master) for kept in self._kept.values() if kept.master is not None]
         small = [p.data for p, _ in masters]
-        for p, master in masters:
-            p.data = master.shown(p)
         holders = {id(p): o for o in optimizers for g in o.param_groups for p in g["params"] if id(p) in self._kept}
         given: dict[int, dict[Any, Any]] = {}
+        shown = [master.shown(p) for p, master in masters]
+        for each in holders:
+            kept = self._kept[each]
+            given[each] = {key: slot.shown(kept.like) for key, slot in kept.slots.items()}
+        for (p, _), data in zip(masters, shown, strict=True):  # from here on nothing can fail
+            p.data = data
         for each, optimizer in holders.items():
             kept = self._kept[each]
             if kept.slots or kept.rest:
-                given[each] = {key: slot.shown(kept.like) for key, slot in kept.slots.items()}
                 optimizer.state[kept.parameter] = {**kept.rest, **given[each]}
         try:
             yield
@@ -296,6 +315,8 @@ class PiecewiseUpdates(Updates):
                 data.copy_(p.data)
                 p.data = data
             self._loading.clear()
+            given.clear()
+            shown.clear()
             if self._spill is not None:
                 self._spill.settle()
 

@@ -203,3 +203,10 @@ def test_pickles_and_other_models_are_refused(tmp_path: Path) -> None:
     write_llama(tmp_path / "other.gguf", "F32", kind="gemma3")
     with pytest.raises(CheckpointError, match="of the kind 'gemma3'"):
         pretrained(net(), tmp_path / "other.gguf")
+
+
+@pytest.mark.parametrize("said", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": [1]}', "[" * 100_000])
+def test_an_index_that_names_no_files_is_an_error(said: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(said)
+    with pytest.raises(CheckpointError, match="does not say which files have the weights"):
+        pretrained(nn.Linear(2, 2), tmp_path)
