@@ -7,6 +7,7 @@ operation needs on one rank becomes one atom; afterwards they are the ranks them
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import gcd
 from typing import NamedTuple, Protocol
 
 Ids = tuple[int, ...]
@@ -122,19 +123,5 @@ def parts_of(owners: Ids, ranks: int) -> tuple[int, ...]:
 
 
 def _smallest(parts: Sequence[int]) -> tuple[int, ...]:
-    from math import gcd
-
     unit = gcd(*parts)
     return tuple(part // unit for part in parts)
-
-
-def owners_of(parts: Sequence[int], length: int, ranks: int) -> Ids:
-    """The inverse of `parts_of`; without parts equal ceil-sized chunks. Raises Conflict where they do not fit."""
-    if not parts:
-        size = -(-length // ranks)
-        return tuple(index // size for index in range(length))
-    units = sum(parts)
-    if len(parts) % ranks or units < 1 or length % units:
-        raise Conflict(f"parts={tuple(parts)} do not fit {length} elements on {ranks} ranks")
-    unit = length // units
-    return tuple(index % ranks for index, part in enumerate(parts) for _ in range(part * unit))

@@ -9,14 +9,17 @@ from torch import fx
 
 from shardwise.parallel.tensor import layouts, products
 from shardwise.parallel.tensor.atoms import Conflict
-from shardwise.parallel.tensor.step import Step, View, is_cut, labelled, shape
+from shardwise.parallel.tensor.step import Step, View, argument, is_cut, labelled, shape
 
 KEEPS = (
     *("to", "_to_copy", "type_as", "clone", "contiguous", "detach", "alias", "lift_fresh_copy", "expand_as"),
-    *("float", "double", "half", "bfloat16", "dropout", "feature_dropout", "where", "masked_fill", "fill", "zero"),
+    *("float", "double", "half", "bfloat16", "dropout", "where", "masked_fill", "fill", "zero"),
     *("zeros_like", "ones_like", "empty_like", "full_like", "clamp", "square", "rsub", "relu", "relu6", "leaky_relu"),
     *("gelu", "silu", "elu", "selu", "celu", "mish", "softplus", "hardtanh", "hardswish", "hardsigmoid", "positive"),
 )
+
+
+UNREAD = (IndexError, KeyError, TypeError, ValueError, AttributeError, AssertionError)  # arguments that no rule foresaw
 
 
 def elementwise(view: View, node: Any) -> Step:
@@ -77,7 +80,7 @@ def reduced(view: View, node: Any) -> Step:
     """sum, mean and their kin: x, dims or none, keepdim."""
     x = node.args[0]
     n = len(shape(x))
-    told = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    told = argument(node, "dim")
     dims = [d % n for d in layouts.ints(told)] if isinstance(told, (int, list, tuple)) and told != [] else range(n)
     keep = len(shape(node)) == n
     out: list[Any] = [d if d not in dims else None for d in range(n)]
@@ -110,11 +113,15 @@ def step_of(view: View, node: Any) -> Step:
         return layouts.item(view, node)
     name = str(getattr(node.target, "_opname", "?"))
     rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
-    if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
+    tags = getattr(node.target, "tags", ())
+    if rule is None and torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags:
         rule = elementwise
     if rule is None:
         raise Conflict(f"there is no rule for {name}")
-    return rule(view, node)
+    try:
+        return rule(view, node)
+    except UNREAD as failed:
+        raise Conflict(f"its rule does not take these arguments ({type(failed).__name__}: {failed})") from failed
 
 
 def _whole(view: View, node: Any) -> Step:

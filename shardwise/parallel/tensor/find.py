@@ -20,6 +20,7 @@ from shardwise.models.blocks import find_blocks, num_parameters, owner
 from shardwise.models.inputs import call
 from shardwise.parallel.tensor.atoms import parts_of
 from shardwise.parallel.tensor.capture import Captured, capture
+from shardwise.parallel.tensor.guards import python_draws
 from shardwise.parallel.tensor.propose import Owned, Refused, owned_under, propose
 from shardwise.parallel.tensor.prove import TOLERANCE, difference
 from shardwise.spec.layout import split_of
@@ -244,11 +245,12 @@ class _Uses(TorchFunctionMode):
         self.users: dict[str, set[tuple[str, ...]]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") != "__get__":
+        found = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") != "__get__" or isinstance(found, Tensor):  # its shape is no use, `.T` is
             for leaf in tree_leaves((args, kwargs)):
                 if isinstance(leaf, nn.Parameter) and id(leaf) in self.names:
                     self.users.setdefault(self.names[id(leaf)], set()).add(tuple(self.stack))
-        return func(*args, **(kwargs or {}))
+        return found
 
 
 def _run(module: nn.Module, batch: Any, forward: Forward | None) -> Seen:
@@ -269,6 +271,7 @@ def _run(module: nn.Module, batch: Any, forward: Forward | None) -> Seen:
             stack.callback(part.register_forward_pre_hook(partial(enter, name), with_kwargs=True).remove)
             stack.callback(part.register_forward_hook(partial(leave, name)).remove)
         stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(python_draws())
         stack.enter_context(torch.no_grad())
         stack.enter_context(without_cache(module))
         stack.enter_context(uses)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from shardwise.parallel.tensor.atoms import Conflict, Cut, Ids
-from shardwise.parallel.tensor.step import State, Step, View, counts, labelled, shape
+from shardwise.parallel.tensor.step import State, Step, View, argument, counts, labelled, shape
 
 
 def reshape(view: View, node: Any) -> Step:
@@ -207,6 +207,7 @@ def narrow(view: View, node: Any) -> Step:
     dim = dim % n
     if cut is None or cut.dim != dim:
         return labelled(view, [(x, list(range(n)))], list(range(n)))
+    start = start % shape(x)[dim] if start < 0 else start
     before, kept = cut.ids[:start], cut.ids[start : start + length]
     return Step(
         out=Cut(dim, kept),
@@ -265,11 +266,11 @@ def repeat(view: View, node: Any) -> Step:
 
 
 def along(view: View, node: Any) -> Step:
-    """roll, flip, gather, cumsum and their kin: whole along the dims that they are told."""
+    """roll and flip: whole along the dims that they are told, and all of them where they are told none."""
     x = node.args[0]
     n = len(shape(x))
-    where = node.args[2] if node.target._opname == "roll" else node.args[1]
     labels = list(range(n))
+    where = argument(node, "dims") or labels
     return labelled(view, [(x, labels)], labels, blocked=[d % n for d in ints(where)])
 
 
@@ -312,5 +313,5 @@ RULES = {
     "repeat_interleave": repeat_interleave,
     "repeat": repeat,
     **dict.fromkeys(("pad", "constant_pad_nd"), pad),
-    **dict.fromkeys(("roll", "flip", "cumsum"), along),
+    **dict.fromkeys(("roll", "flip"), along),
 }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shardwise.comm.group import Group
-from shardwise.parallel.tensor.atoms import Ids, spans
+from shardwise.parallel.tensor.atoms import Ids, Span, spans
 
 
 class GroupLinks:
@@ -21,10 +22,7 @@ class GroupLinks:
 
     def enter(self, x: Tensor) -> Tensor:
         """`x`, whose gradient is the sum over the ranks."""
-        if not x.requires_grad or not torch.is_grad_enabled():
-            return x
-        entered: Tensor = _Enter.apply(x, self.group)
-        return entered
+        return _entered(x, self.group)
 
     def total(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
         """The sum of the ranks' terms, and `addend` once."""
@@ -33,16 +31,30 @@ class GroupLinks:
 
     def take(self, x: Tensor, dim: int, ids: Ids) -> Tensor:
         """This rank's indices of `dim`."""
-        held = self._spans.get(ids)
-        if held is None:
-            held = self._spans[ids] = spans(ids, self.rank)
-        pieces = [x.narrow(dim, first, stop - first) for first, stop in held]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim) if pieces else x.narrow(dim, 0, 0)
+        if ids not in self._spans:
+            self._spans[ids] = spans(ids, self.rank)
+        return narrowed(x, dim, self._spans[ids])
 
     def join(self, x: Tensor, dim: int, ids: Ids) -> Tensor:
         """The whole tensor of which each rank has its indices of `dim`."""
         found: Tensor = _Join.apply(x, self, dim, ids)
         return found
+
+
+def narrowed(x: Tensor, dim: int, held: Sequence[Span]) -> Tensor:
+    """The indices of the spans along `dim`."""
+    pieces = [x.narrow(dim, first, stop - first) for first, stop in held]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim) if pieces else x.narrow(dim, 0, 0)
+
+
+# The gradient of each is made of the others, so that gradients of gradients are right too.
+
+
+def _entered(x: Tensor, group: Group) -> Tensor:
+    if not x.requires_grad or not torch.is_grad_enabled():
+        return x
+    entered: Tensor = _Enter.apply(x, group)
+    return entered
 
 
 class _Enter(torch.autograd.Function):
@@ -53,21 +65,20 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        mine = grad.clone(memory_format=torch.contiguous_format)  # others may read the one that came
-        ctx.group.all_reduce(mine).wait()
-        return mine, None
+        return _Total.apply(grad, ctx.group), None
 
 
 class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        mine = x.detach().clone(memory_format=torch.contiguous_format)  # who keeps `x` to compute again needs it
+        mine = x.detach().clone(memory_format=torch.contiguous_format)  # others may read `x`, or compute again with it
         group.all_reduce(mine).wait()
+        ctx.group = group
         return mine
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+        return _entered(grad, ctx.group), None
 
 
 class _Join(torch.autograd.Function):
@@ -78,7 +89,7 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.links.take(grad, ctx.dim, ctx.ids), None, None, None
+        return ctx.links.take(ctx.links.enter(grad), ctx.dim, ctx.ids), None, None, None
 
 
 def gathered(x: Tensor, links: GroupLinks, dim: int, ids: Ids) -> Tensor:

@@ -172,23 +172,34 @@ def embedding(view: View, node: Any) -> Step:
             return None
         cut = view.cut(weight)
         assert cut is not None
-        return lambda rank: (local_rows, (weight, indices, spans(cut.ids, rank), rest[0] if rest else -1), {})
+        padding = rest[0] if rest else -1
+        return lambda rank: (local_rows, (weight, indices, spans(cut.ids, rank), padding, len(cut.ids)), {})
 
     return labelled(view, [(weight, ["v", "e"]), (indices, lead)], [*lead, "e"], sums=True, preset=preset, call=call)
 
 
-def local_rows(weight: Tensor, indices: Tensor, held: Sequence[Span], padding: int) -> Tensor:
-    """An embedding's rows, of those that `weight` has, and zeros for the others."""
+def local_rows(weight: Tensor, indices: Tensor, held: Sequence[Span], padding: int, total: int) -> Tensor:
+    """An embedding's rows, of those that `weight` has, and zeros for the others. Raises IndexError for an index that
+    is none of the `total` rows, on all ranks."""
+    within((indices >= 0) & (indices < total), f"an index is none of the {total} rows of an embedding")
     place = torch.full_like(indices, -1)
-    at = 0
+    at, padded = 0, -1
     for first, stop in held:
         inside = (indices >= first) & (indices < stop)
         place = torch.where(inside, indices - first + at, place)
-        padding = padding - first + at if first <= padding < stop else padding
+        padded = padding - first + at if first <= padding < stop else padded
         at += stop - first
     away = place < 0
-    found = torch.embedding(weight, place.clamp(min=0), padding if 0 <= padding < at else -1)
+    found = torch.embedding(weight, place.clamp(min=0), padded)
     return found.masked_fill(away.unsqueeze(-1), 0)
+
+
+def within(inside: Tensor, message: str) -> None:
+    """Raise IndexError where an index is not inside; on a GPU when the kernels get there, as torch does."""
+    if inside.is_cuda:
+        torch._assert_async(inside.all(), message)
+    elif not inside.all():
+        raise IndexError(f"{message[0].upper()}{message[1:]}.")
 
 
 def conv(view: View, node: Any) -> Step:
@@ -259,7 +270,9 @@ def attend(
         scores = scores.masked_fill(~allowed, -math.inf)
     if bias is not None:
         scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias
-    return ((scores.softmax(-1) * noise) @ value).to(dtype)
+    nothing = (scores == -math.inf).all(-1, keepdim=True)  # a row that may look nowhere gives zeros
+    found = scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0)
+    return ((found * noise) @ value).to(dtype)
 
 
 RULES = {

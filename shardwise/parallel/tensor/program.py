@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from shardwise.parallel.tensor.atoms import Conflict, Cut, Ids, Ranks
-from shardwise.parallel.tensor.capture import Captured
+from shardwise.parallel.tensor.capture import Captured, impure
 from shardwise.parallel.tensor.elementwise import step_of, writes
 from shardwise.parallel.tensor.propose import Owned
 from shardwise.parallel.tensor.step import State, Step, View
@@ -90,7 +90,7 @@ class _Builder:
             else:
                 outputs = [self._output(leaf, i, leave, cut) for i, leaf in enumerate(node.args[0])]
                 self.graph.output(outputs)
-        self.graph.eliminate_dead_code(_kept)
+        self.graph.eliminate_dead_code(impure)
         return Program(self.graph, cut)
 
     def _output(self, leaf: Any, index: int, leave: bool, cut: dict[int, Cut]) -> Any:
@@ -108,7 +108,7 @@ class _Builder:
     def _one(self, node: fx.Node, step: Step) -> fx.Node:
         if not step.local:
             made = self.graph.node_copy(node, lambda one: self.values[one])
-            if writes(node):  # what was handed out before it wrote is not what it left
+            if writes(node) or _is_mode(node):  # what was handed out before is not what it left, or without gradients
                 self.entered.clear()
                 self.taken.clear()
             return self._role(made, local=False)
@@ -192,17 +192,9 @@ def mask(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, de
     return torch.dropout(ones, chance, True)
 
 
-def _kept(node: fx.Node) -> bool:
-    """What writes or draws stays, and so do collectives, in which every rank takes part."""
-    if node.op in ("placeholder", "output", "call_method"):
-        return True
-    if node.target is mask:
-        return True
-    return (
-        writes(node)
-        or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        or (node.op == "call_function" and not hasattr(node.target, "_schema") and "autocast" in str(node.target))
-    )
+def _is_mode(node: fx.Node) -> bool:
+    """Whether it turns gradients or autocast on or off."""
+    return not hasattr(node.target, "_schema") and getattr(node.target, "__name__", "") != "getitem"
 
 
 __all__ = ["Conflict", "Links", "Program", "build", "steps"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardwise.parallel.tensor.atoms import Ids, spans
 from shardwise.parallel.tensor.capture import Captured
+from shardwise.parallel.tensor.links import narrowed
 from shardwise.parallel.tensor.program import JOIN, LOCAL, SUM, Program, build, steps
 from shardwise.parallel.tensor.propose import Owned
 
@@ -34,9 +36,7 @@ class Alone:
 
 def part(x: Tensor, dim: int, ids: Ids, rank: int) -> Tensor:
     """The indices of `rank` along `dim`."""
-    held = spans(ids, rank)
-    pieces = [x.narrow(dim, first, stop - first) for first, stop in held]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim) if pieces else x.narrow(dim, 0, 0)
+    return narrowed(x, dim, spans(ids, rank))
 
 
 def joined(pieces: Sequence[Tensor], dim: int, ids: Ids) -> Tensor:
@@ -116,13 +116,17 @@ def difference(
         torch.manual_seed(0)
         ours = {name: tensor.detach().clone().requires_grad_(tensor.requires_grad) for name, tensor in state.items()}
         tensors = [_leaf(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
-        given = [
-            [*(part(t, *owned[n], rank) if n in owned else t for n, t in ours.items()), *tensors]
-            for rank in range(ranks)
-        ]
-        outputs = together(programs, captured.constants, given)
+        handed = [tensor.clone() for tensor in tensors]
+        held = [[part(t, *owned[n], rank) if n in owned else t for n, t in ours.items()] for rank in range(ranks)]
+        outputs = together(programs, captured.constants, [[*mine, *handed] for mine in held])
     inputs = {**ours, **{f"argument {i}": tensor for i, tensor in enumerate(tensors)}}
-    return _compare(expected, _with_gradients(outputs, inputs))
+    found = _with_gradients([*outputs, *_written(handed)], inputs)
+    return _compare(expected, found | {f"buffer {name}": ours[name] for name, _ in module.named_buffers()})
+
+
+def _written(handed: Sequence[Tensor]) -> list[Tensor]:
+    """The arguments that the call wrote into: outputs too."""
+    return [tensor for tensor in handed if tensor._version]
 
 
 def _leaf(tensor: Tensor) -> Tensor:
@@ -132,12 +136,15 @@ def _leaf(tensor: Tensor) -> Tensor:
 def _whole(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Tensor]:
     twin = copy.deepcopy(module)
     leaves, tree = tree_flatten((args, kwargs))
-    given = [_leaf(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    a, k = tree_unflatten(given, tree)
+    tensors = [_leaf(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+    handed = [tensor.clone() for tensor in tensors]  # what is no leaf may be written into
+    each = iter(handed)
+    a, k = tree_unflatten([next(each) if isinstance(leaf, Tensor) else leaf for leaf in leaves], tree)
     outputs, _ = tree_flatten(twin(*a, **k))
     state = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
-    tensors = [leaf for leaf in given if isinstance(leaf, Tensor)]
-    return _with_gradients(outputs, {**state, **{f"argument {i}": one for i, one in enumerate(tensors)}})
+    inputs = {**state, **{f"argument {i}": one for i, one in enumerate(tensors)}}
+    buffers = {f"buffer {name}": buffer for name, buffer in twin.named_buffers()}
+    return _with_gradients([*outputs, *_written(handed)], inputs) | buffers
 
 
 def _with_gradients(outputs: Sequence[Any], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -154,19 +161,31 @@ def _with_gradients(outputs: Sequence[Any], inputs: Mapping[str, Tensor]) -> dic
 
 def _compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> tuple[float, str]:
     worst, where = 0.0, ""
-    floor = FLOOR * max(
-        (float(g.abs().max()) for g in expected.values() if g.is_floating_point() and g.numel()), default=1.0
-    )
-    for name in expected.keys() | found.keys():
+    floor = FLOOR * max((_largest(g) for g in expected.values() if g.is_floating_point()), default=1.0)
+    for name in dict.fromkeys((*expected, *found)):
         a, b = expected.get(name), found.get(name)
         if a is None or b is None:
             one = a if a is not None else b
             assert one is not None
             gap = float("inf") if one.abs().max() > 0 else 0.0
         elif a.is_floating_point():
-            gap = float((a - b).abs().max() / a.abs().max().clamp(min=floor)) if a.numel() else 0.0
+            gap = _gap(a, b, floor)
         else:
             gap = 0.0 if torch.equal(a, b) else float("inf")
-        if not gap <= worst:
+        if math.isnan(gap):
+            return math.inf, name
+        if gap > worst:
             worst, where = gap, name
     return worst, where
+
+
+def _gap(a: Tensor, b: Tensor, floor: float) -> float:
+    """The largest difference, relative to the largest of `a`; infinities that both have are none, a NaN stays one."""
+    if not a.numel():
+        return 0.0
+    return float((a - b).masked_fill(a == b, 0).abs().max()) / max(_largest(a), floor)
+
+
+def _largest(tensor: Tensor) -> float:
+    """The largest finite magnitude."""
+    return float(tensor.masked_fill(~tensor.isfinite(), 0).abs().max()) if tensor.numel() else 0.0

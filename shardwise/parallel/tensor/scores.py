@@ -6,76 +6,31 @@ other operation joins the parts first and goes on with an ordinary tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from shardwise.parallel.tensor.atoms import Ids
 from shardwise.parallel.tensor.links import GroupLinks
+from shardwise.parallel.tensor.parted import Parted
+from shardwise.parallel.tensor.products import within
 
 
-class Scores(Tensor):
+class Scores(Parted):
     """A tensor of scores [..., V] of which this rank has the columns of `ids`."""
 
-    local: Tensor
-    ids: Ids
-    links: GroupLinks
+    what = "scores"
 
-    @staticmethod
-    def of(local: Tensor, dim: int, ids: Ids, links: GroupLinks) -> Tensor:
+    @classmethod
+    def made(cls, local: Tensor, dim: int, ids: Ids, links: GroupLinks) -> Tensor:
         """Scores, where the cut is along the last dim; else the whole tensor."""
-        if dim != local.dim() - 1:
-            return links.join(local, dim, ids)
-        made: Scores = Tensor._make_wrapper_subclass(
-            Scores,
-            (*local.shape[:-1], len(ids)),
-            dtype=local.dtype,
-            device=local.device,
-            requires_grad=local.requires_grad,
-        )
-        made.local, made.ids, made.links = local, ids, links
-        return made
+        return cls.of(local, dim, ids, links) if dim == local.dim() - 1 else links.join(local, dim, ids)
 
-    def whole(self) -> Tensor:
-        """The joined scores."""
-        return self.links.join(self.local, self.local.dim() - 1, self.ids)
-
-    def like(self, local: Tensor) -> Tensor:
+    def like(self, local: Tensor) -> Scores:
         """Other scores, of the same columns."""
         return Scores.of(local, local.dim() - 1, self.ids, self.links)
-
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"Scores(shape={tuple(self.shape)}, local={tuple(self.local.shape)})"
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name in ABOUT or (name == "__get__" and getattr(func, "__self__", None) in PROPERTIES):
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        rule = RULES.get(name)
-        if rule is not None and args and isinstance(args[0], Scores):
-            found = rule(args[0], func, args[1:], kwargs)
-            if found is not None:
-                return found
-        args, kwargs = tree_map(lambda one: one.whole() if isinstance(one, Scores) else one, (args, kwargs))
-        return func(*args, **kwargs)
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise RuntimeError(f"{func} reached scores of a cut vocabulary below torch's functions.")
-
-
-ABOUT = frozenset(("size", "dim", "numel", "nelement", "ndimension", "is_floating_point", "is_complex", "__len__"))
-PROPERTIES = frozenset(
-    getattr(Tensor, name) for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "is_sparse")
-)
-Rule = Callable[[Scores, Any, Any, Any], Any]
 
 
 def _same(scores: Scores, func: Any, args: Any, kwargs: Any) -> Any:
@@ -132,17 +87,18 @@ def _log_softmax(scores: Scores, func: Any, args: Any, kwargs: Any) -> Any:
     dim = args[0] if args else kwargs.get("dim")
     if dim is None or dim % scores.dim() != scores.dim() - 1:
         return None
-    dtype = kwargs.get("dtype")
-    local = scores.local if dtype is None else scores.local.to(dtype)
+    dtype = kwargs.get("dtype") or _dtype(scores, func, -1)
+    local = _wide(scores.local.to(dtype))
     below = scores.links.enter(_log_sum(scores, local))  # each rank has the gradient of its own columns
-    return scores.like(local - below.unsqueeze(-1))
+    return scores.like((local - below.unsqueeze(-1)).to(dtype))
 
 
 def _nll_loss(scores: Scores, func: Any, args: Any, kwargs: Any) -> Any:
     told = _told(("target", "weight", "size_average", "ignore_index", "reduce", "reduction"), args, kwargs)
     if not _plain(scores, told):
         return None
-    return _loss(told, -_picked(scores, scores.local, told["target"]))
+    dtype = _dtype(scores, func, told["target"].new_zeros(1))
+    return _loss(told, -_picked(scores, _wide(scores.local.to(dtype)), told)).to(dtype)
 
 
 def _cross_entropy(scores: Scores, func: Any, args: Any, kwargs: Any) -> Any:
@@ -150,8 +106,9 @@ def _cross_entropy(scores: Scores, func: Any, args: Any, kwargs: Any) -> Any:
     told = _told(names, args, kwargs)
     if told.get("label_smoothing") or not _plain(scores, told):
         return None
-    found = _log_sum(scores, scores.local) - _picked(scores, scores.local, told["target"])
-    return _loss(told, found)
+    dtype = _dtype(scores, func, told["target"].new_zeros(1))
+    local = _wide(scores.local.to(dtype))
+    return _loss(told, _log_sum(scores, local) - _picked(scores, local, told)).to(dtype)
 
 
 def _told(names: tuple[str, ...], args: Any, kwargs: Any) -> dict[str, Any]:
@@ -161,8 +118,10 @@ def _told(names: tuple[str, ...], args: Any, kwargs: Any) -> dict[str, Any]:
 def _plain(scores: Scores, told: dict[str, Any]) -> bool:
     """Whether a loss is of one row a target, without class weights."""
     target = told.get("target")
-    rows = isinstance(target, Tensor) and not target.is_floating_point() and scores.dim() == 2 and target.dim() == 1
-    return rows and not any(told.get(name) is not None for name in ("weight", "size_average", "reduce"))
+    if not isinstance(target, Tensor) or target.is_floating_point() or scores.dim() != 2 or target.dim() != 1:
+        return False
+    known = len(target) == len(scores) and told.get("reduction", "mean") in ("none", "mean", "sum")
+    return known and not any(told.get(name) is not None for name in ("weight", "size_average", "reduce"))
 
 
 def _loss(told: dict[str, Any], rows: Tensor) -> Tensor:
@@ -183,18 +142,33 @@ def _log_sum(scores: Scores, local: Tensor) -> Tensor:
     return scores.links.total((local - top.unsqueeze(-1)).exp().sum(-1)).log() + top
 
 
-def _picked(scores: Scores, local: Tensor, target: Tensor) -> Tensor:
-    """Each row's score of its target; zero where that is no column."""
+def _dtype(scores: Scores, func: Any, *args: Any) -> torch.dtype:
+    """In what `func` gives its result: autocast may want float32."""
+    if not torch.is_autocast_enabled(scores.local.device.type):
+        return scores.local.dtype
+    tried: Tensor = func(scores.local.detach().new_zeros(1, 1), *args)
+    return tried.dtype
+
+
+def _wide(local: Tensor) -> Tensor:
+    """As torch's own losses compute: half precision in float32."""
+    return local.float() if local.dtype in (torch.bfloat16, torch.float16) else local
+
+
+def _picked(scores: Scores, local: Tensor, told: dict[str, Any]) -> Tensor:
+    """Each row's score of its target; zero where that is to be ignored."""
+    target, ignored = told["target"], told.get("ignore_index", -100)
     places = torch.full((len(scores.ids) + 1,), -1, dtype=torch.int64)
     mine = torch.tensor([i for i, owner in enumerate(scores.ids) if owner == scores.links.rank], dtype=torch.int64)
     places[mine] = torch.arange(len(mine))
     outside = (target < 0) | (target >= len(scores.ids))
+    within(~outside | (target == ignored), f"a target is none of the {len(scores.ids)} classes")
     place = places.to(target.device)[target.masked_fill(outside, len(scores.ids))]
     found = local.gather(-1, place.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return scores.links.total(found.masked_fill(place < 0, 0))
 
 
-RULES: dict[str, Rule] = {
+Scores.rules = {
     **dict.fromkeys(("float", "double", "half", "bfloat16", "to", "contiguous"), _same),
     **dict.fromkeys(("mul", "div", "__mul__", "__truediv__", "__rmul__", "tanh"), _same),
     **dict.fromkeys(("new_tensor", "new_zeros", "new_ones", "new_full", "new_empty"), _new),

@@ -71,6 +71,15 @@ def shape(value: Any) -> tuple[int, ...]:
     return tuple(value.meta["val"].shape)
 
 
+def argument(node: Any, name: str) -> Any:
+    """What an operation is given for one of its schema's arguments, or the argument's default."""
+    for place, one in enumerate(node.target._schema.arguments):
+        if one.name == name:
+            default = one.default_value if one.has_default_value() else None
+            return node.args[place] if place < len(node.args) else node.kwargs.get(name, default)
+    return None
+
+
 def counts(ids: Ids) -> Sizes:
     return lambda rank: sum(1 for owner in ids if owner == rank)
 

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_unflatten
 from shardwise.parallel.tensor.atoms import Conflict
 from shardwise.parallel.tensor.capture import capture, signature
 from shardwise.parallel.tensor.links import GroupLinks
+from shardwise.parallel.tensor.parted import Parted
 from shardwise.parallel.tensor.program import build, steps
 from shardwise.parallel.tensor.propose import Owned
 from shardwise.parallel.tensor.scores import Scores
@@ -39,6 +40,7 @@ class Unit:
         self.module, self.links = module, links
         self._owned, self._shapes, self._scores = dict(owned), dict(shapes), scores
         self._programs: dict[Any, Run] = {}
+        self._parts = list(module.modules())
         self._places = [*_places(module, "_parameters"), *_places(module, "_buffers")]
         self._own: Any = None
         self._children: list[Unit] = []
@@ -71,7 +73,7 @@ class Unit:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._owned:
             return self._forward(*args, **kwargs)
-        key, leaves = signature(self.module, args, kwargs)
+        key, leaves = signature(self._parts, args, kwargs)
         try:
             run = self._programs.get(key)
         except TypeError:  # an argument that no dictionary takes
@@ -93,51 +95,51 @@ class Unit:
             return self._gathered
         program = build(captured, plan, self.links.rank, leave=self._scores)
         function = fx.GraphModule(captured.constants, program.graph).forward
-        state = [place for name, place in self._places]
-        assert tuple(name for name, _ in self._places) == captured.names
-        cut = {index: one for index, one in program.cut.items()}
+        state: dict[str, tuple[dict[str, Any], str]] = {}
+        for name, place in self._places:
+            state.setdefault(name, place)
+        assert tuple(state) == captured.names
 
         def run(leaves: Sequence[Any], args: Any, kwargs: Any) -> Any:
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-            found = function(self.links, *(held[name] for held, name in state), *tensors)
-            for index, one in cut.items():
-                found[index] = Scores.of(found[index], one.dim, one.ids, self.links)
+            found = function(self.links, *(_local(held[key]) for held, key in state.values()), *tensors)
+            for index, one in program.cut.items():
+                found[index] = Scores.made(found[index], one.dim, one.ids, self.links)
             return tree_unflatten(found, captured.tree)
 
         return run
 
     def _openly(self, leaves: Sequence[Any], args: Any, kwargs: Any) -> Any:
-        """Its own code, which no graph was made of: the parts inside are run as programs, where they have what is cut;
-        a part that has none inside gets its parameters whole."""
-        if any("." not in name for name in self._owned) or not any(True for _ in self.module.children()):
-            return self._gathered(leaves, args, kwargs)
+        """Its own code, which no graph was made of: the parts inside are run as programs, where they have what is cut,
+        and what else it reads of that, it gets whole."""
         if not self._children:
-            self._children = [self._child(name, part) for name, part in self._with_cuts()]
+            children = [self._child(part) for part in self.module.children()]
+            self._children = [child for child in children if child is not None]
             for child in self._children:
                 child.open()
-        return self._forward(*args, **kwargs)
+        return self._gathered(leaves, args, kwargs)
 
-    def _with_cuts(self) -> list[tuple[str, nn.Module]]:
-        found: list[tuple[str, nn.Module]] = []
-        for name, part in self.module.named_children():
-            if any(one.startswith(name + ".") for one in self._owned):
-                found.append((name, part))
-        return found
-
-    def _child(self, name: str, part: nn.Module) -> Unit:
-        head = name + "."
-        owned = {one.removeprefix(head): cut for one, cut in self._owned.items() if one.startswith(head)}
-        shapes = {one.removeprefix(head): shape for one, shape in self._shapes.items() if one.startswith(head)}
-        return Unit(part, owned, shapes, self.links)
+    def _child(self, part: nn.Module) -> Unit | None:
+        """The unit of what is inside, if any of it is cut; a tied parameter may have its first name elsewhere."""
+        held = {(id(held), key): one for one, (held, key) in self._places}
+        first = {inner: held[id(store), key] for inner, (store, key) in _places(part, "_parameters")}
+        owned = {inner: self._owned[one] for inner, one in first.items() if one in self._owned}
+        if not owned:
+            return None
+        return Unit(part, owned, {inner: self._shapes[one] for inner, one in first.items()}, self.links)
 
     def _gathered(self, leaves: Sequence[Any], args: Any, kwargs: Any) -> Any:
-        """Its own code with whole parameters: right for whatever a rule is missing for, and slow."""
+        """Its own code, which gets whole parameters where it reads them: right for whatever a rule is missing for, and
+        slow."""
         before: list[tuple[Any, str, Any]] = []
+        whole: dict[str, Tensor] = {}
         try:
             for name, (held, key) in self._places:
                 if name in self._owned:
                     before.append((held, key, held[key]))
-                    held[key] = self.links.join(held[key], *self._owned[name])
+                    if name not in whole:
+                        whole[name] = Parted.of(_local(held[key]), *self._owned[name], self.links)
+                    held[key] = whole[name]
             return self._forward(*args, **kwargs)
         finally:
             for held, key, tensor in before:
@@ -161,13 +163,19 @@ class Unit:
 
 
 def _places(module: nn.Module, kind: str) -> list[tuple[str, tuple[dict[str, Any], str]]]:
-    """Where each parameter (or buffer) is looked up, by its name in the module; each tied one once."""
+    """Where each parameter (or buffer) is looked up, by its name in the module: a tied one in several places, by the
+    first of its names."""
     found: list[tuple[str, tuple[dict[str, Any], str]]] = []
-    seen: set[int] = set()
+    names: dict[int, str] = {}
     for prefix, part in module.named_modules():
         held = getattr(part, kind)
         for key, tensor in held.items():
-            if tensor is not None and id(tensor) not in seen:
-                seen.add(id(tensor))
-                found.append((f"{prefix}.{key}" if prefix else key, (held, key)))
+            if tensor is not None:
+                name = names.setdefault(id(tensor), f"{prefix}.{key}" if prefix else key)
+                found.append((name, (held, key)))
     return found
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part, also where a unit around this one handed out the whole."""
+    return tensor.local if isinstance(tensor, Parted) else tensor

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shardwise.parallel.tensor.atoms import Atoms, Conflict, deal, owners_of, parts_of, spans
+from shardwise.parallel.tensor.atoms import Atoms, Conflict, deal, parts_of, spans
 from shardwise.parallel.tensor.capture import capture
 from shardwise.parallel.tensor.layouts import factors
-from shardwise.parallel.tensor.propose import propose
+from shardwise.parallel.tensor.propose import owned_under, propose
 from shardwise.parallel.tensor.prove import difference, joined, part
+from shardwise.spec.plan import Plan, Split
 
 RANKS = st.integers(2, 4)
 
@@ -23,7 +24,8 @@ RANKS = st.integers(2, 4)
 @given(RANKS, st.lists(st.integers(0, 3), min_size=1, max_size=24))
 def test_parts_of_any_owners_lead_back_to_them(ranks: int, owners: list[int]) -> None:
     ids = tuple(owner % ranks for owner in owners)
-    assert owners_of(parts_of(ids, ranks), len(ids), ranks) == ids
+    plan = Plan(tensor=ranks, splits={"w": Split(how="column", parts=parts_of(ids, ranks))})
+    assert owned_under({"w": (len(ids),)}, plan)["w"].ids == ids
 
 
 @given(RANKS, st.lists(st.integers(0, 3), min_size=1, max_size=24), st.integers(0, 1))
@@ -192,6 +194,6 @@ def test_a_gradient_of_ones_own_is_noticed() -> None:
     module = Between(8, Straight.apply).double()
     given_ = (torch.randn(2, 5, 6, dtype=torch.float64),)
     captured = capture(module, given_, {})
-    if captured is not None:
-        owned = propose(captured, 2, candidates=captured.names).owned
-        assert difference(module, given_, {}, captured, owned, 2)[0] > 1e-3
+    assert captured is not None
+    owned = propose(captured, 2, candidates=captured.names).owned
+    assert difference(module, given_, {}, captured, owned, 2)[0] > 1e-3
