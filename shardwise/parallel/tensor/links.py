@@ -18,6 +18,7 @@ class GroupLinks:
     def __init__(self, group: Group) -> None:
         self.group = group
         self.rank, self.ranks = group.rank(), group.size()
+        self.told: set[tuple[str, str]] = set()  # modules of which something was said, and what
         self._spans: dict[Ids, tuple[tuple[int, int], ...]] = {}
 
     def enter(self, x: Tensor) -> Tensor:

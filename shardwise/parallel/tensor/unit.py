@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_unflatten
 
+from shardwise import events
 from shardwise.parallel.tensor.atoms import Conflict
 from shardwise.parallel.tensor.capture import capture, signature
 from shardwise.parallel.tensor.links import GroupLinks
@@ -88,10 +89,12 @@ class Unit:
         with self._closed():
             captured = capture(self.module, args, kwargs, self._shapes)
         if captured is None:
+            self._tell("no graph can be made of its code")
             return self._openly
         try:
             plan = steps(captured, self._owned, self.links.ranks)
-        except Conflict:
+        except Conflict as conflict:
+            self._tell(str(conflict))
             return self._gathered
         program = build(captured, plan, self.links.rank, leave=self._scores)
         function = fx.GraphModule(captured.constants, program.graph).forward
@@ -108,6 +111,13 @@ class Unit:
             return tree_unflatten(found, captured.tree)
 
         return run
+
+    def _tell(self, why: str) -> None:
+        """Say once of each kind of module that it is slow."""
+        kind = type(self.module).__name__
+        if self.links.rank == 0 and (kind, why) not in self.links.told:
+            self.links.told.add((kind, why))
+            events.emit("warning", message=f"{kind} runs its own code and gathers what it reads of cut weights: {why}.")
 
     def _openly(self, leaves: Sequence[Any], args: Any, kwargs: Any) -> Any:
         """Its own code, which no graph was made of: the parts inside are run as programs, where they have what is cut,

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shardwise import events
 from shardwise.parallel.parallelize import parallelize
 from shardwise.parallel.tensor.find import Found, find_splits
 from shardwise.spec.plan import Plan
@@ -386,6 +387,23 @@ def split() -> list[dict[str, list[Step]]]:
     """What two ranks computed, of all cases."""
     plans = {n: Plan(tensor=2, precision="float64", splits=found_of(case).splits) for n, case in CASES.items()}
     return run_ranks(2, on_a_rank, plans)
+
+
+def test_what_is_slow_is_said_once() -> None:
+    case = CASES["a buffer that is replaced"]
+
+    def on_a_rank(rank: Rank, plan: Plan) -> list[str]:
+        model, said = made(case), []
+        parallelize(model, plan, rank.mesh(plan))
+        with events.sink(said.append):
+            model(SHORT[0])
+            model(LONGER[1])
+        return [str(event["message"]) for event in said if event["event"] == "warning"]
+
+    plan = Plan(tensor=2, precision="float64", splits=found_of(case).splits)
+    (message,), others = run_ranks(2, on_a_rank, plan)
+    assert message.startswith("Averages runs its own code")
+    assert others == []
 
 
 @pytest.mark.parametrize("name", CASES)
