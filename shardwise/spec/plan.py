@@ -15,14 +15,20 @@ Precision = Literal["float32", "bfloat16", "float16", "float64"]
 HEADS = {"sync": "word", "recompute": "mode"}  # the field of a group that a plan string gives by the group's own name
 
 
+# Dimensions that have names, wherever in a model they are: heads (indices that stay together in groups), hidden (single
+# indices between two layers), and the rows of tables.
+DIMENSIONS = ("@heads", "@hidden", "@vocabulary")
+
+
 class Split(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How one weight is cut over the tensor axis.
 
     `parts[piece * tensor + rank]` are sizes in units, of which the cut dimension is a multiple: `(4, 4, 1, 1, 1, 1)`
-    is a fused query, key and value with 8, 2 and 2 heads on 2 ranks. Empty: equal parts.
+    is a fused query, key and value with 8, 2 and 2 heads on 2 ranks. Empty: equal parts. `split` is for the names of
+    `DIMENSIONS`.
     """
 
-    how: Literal["column", "row", "vocabulary", "whole"]
+    how: Literal["column", "row", "vocabulary", "whole", "split"]
     parts: tuple[int, ...] = ()
 
 
@@ -98,6 +104,7 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         if any(isinstance(split, str) for split in self.splits.values()):
             splits = {k: Split(how=v) if isinstance(v, str) else v for k, v in self.splits.items()}  # type: ignore[arg-type]
             structs.force_setattr(self, "splits", splits)
+        _check_dimensions(self.splits)
         if self.zero not in (1, 2, 3):
             raise SpecError(f"zero={self.zero} in the plan: it must be 1, 2 or 3 (what the shard axis shards).")
         if self.recompute.blocks and self.recompute.mode != "blocks":
@@ -143,6 +150,20 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             else:
                 words.append(f"{name}={_text(value)}")
         return ",".join(words) or "data=1"
+
+
+def _check_dimensions(splits: dict[str, Split]) -> None:
+    """Names of dimensions are known, and are kept whole or split, nothing finer; patterns say how."""
+    for name, split in splits.items():
+        if name.startswith("@") and name not in DIMENSIONS:
+            raise SpecError(f"splits of the plan has '{name}'{did_you_mean(name, DIMENSIONS)}")
+        if name in DIMENSIONS and (split.how not in ("whole", "split") or split.parts):
+            raise SpecError(f"splits of the plan has '{name}': '{split.how}'. A dimension is 'split' or 'whole'.")
+        if name not in DIMENSIONS and split.how == "split":
+            raise SpecError(
+                f"splits of the plan has '{name}': 'split'. Say of a layer how: column, row, vocabulary or whole; only "
+                f"{', '.join(DIMENSIONS)} are split wherever they are."
+            )
 
 
 def parse_plan(text: str) -> dict[str, Any]:

@@ -21,10 +21,10 @@ from shardwise.models.inputs import call
 from shardwise.parallel.tensor.atoms import parts_of
 from shardwise.parallel.tensor.capture import Captured, capture
 from shardwise.parallel.tensor.guards import python_draws
-from shardwise.parallel.tensor.propose import Owned, Refused, owned_under, propose
+from shardwise.parallel.tensor.propose import Owned, Proposal, Refused, owned_under, propose
 from shardwise.parallel.tensor.prove import TOLERANCE, difference
 from shardwise.spec.layout import split_of
-from shardwise.spec.plan import Plan, Split
+from shardwise.spec.plan import DIMENSIONS, Plan, Split
 
 LARGE = 0.01  # of all parameters: a smaller table is not worth a collective
 FEW = 0.25  # of the largest table's rows: so is one with fewer (positions, kinds)
@@ -82,7 +82,9 @@ class _Search:
         self.whole: dict[str, str] = {}
         self.keep = set(self.asked_whole)
         self.tables: set[str] = set()  # parameters that are cut along a vocabulary
-        self._proven: dict[Any, dict[str, Owned]] = {}
+        self.named = {name: split.how for name, split in asked.items() if name in DIMENSIONS}
+        self.dimensions: dict[str, str] = {}  # parameter -> which of `DIMENSIONS` is cut
+        self._proven: dict[Any, Proposal] = {}
 
     def all(self) -> dict[str, Owned]:
         """Until what is used in several places is cut alike in all of them."""
@@ -97,13 +99,24 @@ class _Search:
                     if found.setdefault(parameter, cut) != cut:
                         clash.add(parameter)
             clash |= {name for name in found if not self._covered(name, units)}
+            clash |= {name for name in found if self.named.get(self._dimension(name)) == "whole"}
             if lost := sorted(self.asked.keys() - found.keys() | self.asked.keys() & clash):
                 raise refused(f"'{lost[0]}': the model uses it in a place that cannot run split")
             if not clash:
+                self._check_named(found)
                 self._explain(found)
                 return found
             self.keep |= clash
             self._proven.clear()
+
+    def _dimension(self, parameter: str) -> str:
+        return "@vocabulary" if parameter in self.tables else self.dimensions[parameter]
+
+    def _check_named(self, found: Mapping[str, Owned]) -> None:
+        """Raise SpecError for a dimension that was to be split and is nowhere."""
+        for name, how in self.named.items():
+            if how == "split" and not any(self._dimension(one) == name for one in found):
+                raise refused(f"'{name}': nothing of this dimension can be split here")
 
     def _inner(self) -> Iterator[str]:
         """The blocks; where there are none, the smallest modules that can be split by themselves."""
@@ -179,7 +192,9 @@ class _Search:
         key = (_text(captured), keep, str(forced))
         if key not in self._proven:
             self._proven[key] = self._prove(twin, args, kwargs, captured, keep, inside, forced)
-        return {inside[n]: cut for n, cut in self._proven[key].items()}
+        proven = self._proven[key]
+        self.dimensions |= {inside[n]: dimension for n, dimension in proven.dimensions.items()}
+        return {inside[n]: cut for n, cut in proven.owned.items()}
 
     def _prove(
         self,
@@ -190,7 +205,7 @@ class _Search:
         keep: frozenset[str],
         inside: dict[str, str],
         forced: dict[str, Owned],
-    ) -> dict[str, Owned]:
+    ) -> Proposal:
         rows = {f"{n}.weight".lstrip(".") for n, m in twin.named_modules() if isinstance(m, nn.Embedding)}
         candidates = {n for n, outer in inside.items() if outer in self.tables or n not in rows or n in forced}
         try:
@@ -199,15 +214,15 @@ class _Search:
             raise refused(f"'{inside[why_not.name]}': {why_not}") from None
         self.whole |= {inside[n]: why for n, why in proposal.whole.items()}
         if not proposal.owned:
-            return {}
+            return proposal
         gap, where = difference(twin, args, kwargs, captured, proposal.owned, self.ranks)
         if gap <= TOLERANCE:
-            return proposal.owned
+            return proposal
         why = f"split, its {where} differs by {gap:.1e}"
         if forced:
             raise refused(f"'{inside[next(iter(forced))]}': {why}")
         self.whole |= dict.fromkeys((inside[n] for n in proposal.owned), why)
-        return {}
+        return Proposal({}, {})
 
     def _covered(self, parameter: str, units: set[str]) -> bool:
         """Whether every use of a parameter is in a module that is run split."""
@@ -218,7 +233,8 @@ def asked_of(module: nn.Module, asked: Mapping[str, Split], ranks: int) -> tuple
     """The parameters that the user wants cut (without ids where no parts are given: then those that fit are found), and
     those that are to stay whole. Raises SpecError for a pattern that
     matches nothing and for parts that do not fit."""
-    plan = Plan(tensor=ranks, splits=dict(asked))
+    asked = {pattern: split for pattern, split in asked.items() if pattern not in DIMENSIONS}
+    plan = Plan(tensor=ranks, splits=asked)
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
     for pattern in asked:
         alone = Plan(tensor=ranks, splits={pattern: asked[pattern]})

@@ -32,10 +32,11 @@ class Owned(NamedTuple):
 
 
 class Proposal(NamedTuple):
-    """Parameter -> how it is cut, and why others are whole."""
+    """Parameter -> how it is cut, why others are whole, and which dimension is cut (`@heads` or `@hidden`)."""
 
     owned: dict[str, Owned]
     whole: dict[str, str]
+    dimensions: dict[str, str] = {}
 
 
 class Refused(Exception):
@@ -62,6 +63,7 @@ class _Looking(View):
         self.params = dict(zip(captured.inputs, captured.names, strict=False))
         self.sources: dict[fx.Node, frozenset[str]] = {}
         self.uses: dict[str, list[Cut | None]] = {}
+        self.dimensions: dict[str, str] = {}
         self.here: frozenset[str] = frozenset()  # the sources of the operation that is looked at
         self.asked: list[tuple[fx.Node, int, frozenset[str]]] = []
 
@@ -115,7 +117,7 @@ class _Search:
             except _Failed as failed:
                 self._give_way(looking, failed)
                 continue
-            return Proposal(owned, self.whole)
+            return Proposal(owned, self.whole, looking.dimensions)
         return Proposal({}, {**self.whole, **dict.fromkeys(self.columns, "no way was found in time")})
 
     def _through(self, looking: _Looking) -> None:
@@ -163,6 +165,9 @@ class _Search:
         region = _regions(looking.atoms, {name: cut.ids for name, cut in cuts.items()})
         owner: dict[int, int] = {}
         for names in region:
+            groups = len({one for name in names for one in looking.atoms.resolve(cuts[name].ids)})
+            grouped = groups < min(len(cuts[name].ids) for name in names)
+            looking.dimensions |= dict.fromkeys(names, "@heads" if grouped else "@hidden")
             if any(name in self.forced and self.forced[name].ids for name in names):
                 owner |= self._forced(looking, names, cuts)
                 continue
