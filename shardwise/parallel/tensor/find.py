@@ -81,6 +81,7 @@ class _Search:
         self.blocks = find_blocks(module)
         self.whole: dict[str, str] = {}
         self.keep = set(self.asked_whole)
+        self.wished = set(self.asked_whole)  # parameters that the plan keeps whole
         self.tables: set[str] = set()  # parameters that are cut along a vocabulary
         self.named = {name: split.how for name, split in asked.items() if name in DIMENSIONS}
         self.dimensions: dict[str, str] = {}  # parameter -> which of `DIMENSIONS` is cut
@@ -99,7 +100,8 @@ class _Search:
                     if found.setdefault(parameter, cut) != cut:
                         clash.add(parameter)
             clash |= {name for name in found if not self._covered(name, units)}
-            clash |= {name for name in found if self.named.get(self._dimension(name)) == "whole"}
+            self.wished |= {name for name in found if self.named.get(self._dimension(name)) == "whole"}
+            clash |= self.wished & found.keys()
             if lost := sorted(self.asked.keys() - found.keys() | self.asked.keys() & clash):
                 raise refused(f"'{lost[0]}': the model uses it in a place that cannot run split")
             if not clash:
@@ -166,6 +168,7 @@ class _Search:
 
     def _explain(self, found: Mapping[str, Owned]) -> None:
         """Say of every matrix of the blocks that is not split why."""
+        self.whole |= dict.fromkeys(self.wished, "the plan keeps it whole")
         for name, p in self.module.named_parameters():
             if p.dim() > 1 and name not in found and owner(name, self.blocks) is not None:
                 self.whole.setdefault(name, "its code looks at numbers, or no rule takes what it does")

@@ -183,7 +183,9 @@ def _gap(a: Tensor, b: Tensor, floor: float) -> float:
     """The largest difference, relative to the largest of `a`; infinities that both have are none, a NaN stays one."""
     if not a.numel():
         return 0.0
-    return float((a - b).masked_fill(a == b, 0).abs().max()) / max(_largest(a), floor)
+    most = float((a - b).masked_fill(a == b, 0).abs().max())
+    scale = max(_largest(a), floor)
+    return most / scale if scale else math.inf if most else 0.0
 
 
 def _largest(tensor: Tensor) -> float:

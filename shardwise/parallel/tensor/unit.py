@@ -20,6 +20,7 @@ from shardwise.parallel.tensor.propose import Owned
 from shardwise.parallel.tensor.scores import Scores
 
 MOST = 256  # programs that a unit keeps
+TRIES = 8  # calls of which no graph could be made, before none is tried any more
 Run = Callable[[Sequence[Any], Any, Any], Any]
 
 
@@ -41,6 +42,7 @@ class Unit:
         self.module, self.links = module, links
         self._owned, self._shapes, self._scores = dict(owned), dict(shapes), scores
         self._programs: dict[Any, Run] = {}
+        self._failed = 0
         self._parts = list(module.modules())
         self._places = [*_places(module, "_parameters"), *_places(module, "_buffers")]
         self._own: Any = None
@@ -86,9 +88,12 @@ class Unit:
         return run(leaves, args, kwargs)
 
     def _make(self, args: Any, kwargs: Any) -> Run:
-        with self._closed():
-            captured = capture(self.module, args, kwargs, self._shapes)
+        captured = None
+        if self._failed < TRIES:
+            with self._closed():
+                captured = capture(self.module, args, kwargs, self._shapes)
         if captured is None:
+            self._failed += 1
             self._tell("no graph can be made of its code")
             return self._openly
         try:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from shardwise import events
 from shardwise.parallel.parallelize import parallelize
+from shardwise.parallel.tensor import unit
 from shardwise.parallel.tensor.find import Found, find_splits
+from shardwise.parallel.tensor.prove import _compare
 from shardwise.spec.plan import Plan
 from tests.ranks import Rank, RankFailed, run_ranks
 
@@ -476,9 +478,30 @@ def test_autocast_computes_a_loss_of_cut_scores_in_float32() -> None:
         assert loss == pytest.approx(alone[1], rel=1e-2)
 
 
-def test_splits_do_not_depend_on_the_order_of_gradients() -> None:
-    from shardwise.parallel.tensor.prove import _compare
+def test_no_graph_is_tried_for_ever() -> None:
+    case = CASES["a list that grows"]
 
+    def on_a_rank(rank: Rank, plan: Plan) -> int:
+        model = made(case)
+        parallelize(model, plan, rank.mesh(plan))
+        tried = []
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(unit, "capture", lambda module, *more: tried.append(module))
+            for length in range(1, 20):
+                model(tokens(0, length))
+        return sum(isinstance(module, Counts) for module in tried)
+
+    plan = Plan(tensor=2, precision="float64", splits=found_of(case).splits)
+    assert run_ranks(2, on_a_rank, plan) == [2 * unit.TRIES] * 2
+
+
+def test_zeros_that_are_alike_do_not_differ() -> None:
+    zeros = {"output 0": torch.zeros(2)}
+    assert _compare(zeros, {"output 0": torch.zeros(2)})[0] == 0.0
+    assert _compare(zeros, {"output 0": torch.ones(2)})[0] == float("inf")
+
+
+def test_splits_do_not_depend_on_the_order_of_gradients() -> None:
     expected = {
         "output 0": torch.tensor([float("nan")]),
         "gradient of w": torch.ones(1),

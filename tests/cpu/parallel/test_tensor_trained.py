@@ -130,9 +130,10 @@ def test_splits_that_the_user_fixes() -> None:
 def test_a_dimension_stays_whole_wherever_it_is(dimension: str) -> None:
     members = {"@heads": "attention", "@hidden": "mlp", "@vocabulary": "embed"}
     module, batch = made("dropout"), micro("dropout", 1, 0, 0).batch
-    found = find_splits(module, batch, 2, asked={dimension: Split(how="whole")}).splits
+    found = find_splits(module, batch, 2, asked={dimension: Split(how="whole")})
     for other, part in members.items():
-        assert any(part in name for name in found) == (other != dimension), found
+        assert any(part in name for name in found.splits) == (other != dimension), found
+    assert [why for name, why in found.whole.items() if members[dimension] in name][0] == "the plan keeps it whole"
     every = find_splits(module, batch, 2, asked=dict.fromkeys(DIMENSIONS, Split(how="split"))).splits
     assert every == find_splits(module, batch, 2).splits
 
