@@ -57,8 +57,9 @@ def bubbles(title: str, ranks: int, options: Options) -> list[Row]:
     from bench.orders import Costs, makespan, orders
 
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
+    steps = 1 if options.quick else STEPS
     names = options.chosen(list(SCHEDULES), ("1f1b",))
-    say(f"{title}: {rounds} rounds of {STEPS} steps")
+    say(f"{title}: {rounds} rounds of {steps} steps")
     folder = tempfile.TemporaryDirectory(prefix="bench-")
     players = {name: _sleeping(name, ranks, folder.name) for name in (*names, BARE)}
     try:
@@ -66,7 +67,7 @@ def bubbles(title: str, ranks: int, options: Options) -> list[Row]:
             say(f"  starting {name}")
             player.subject.start(START_S)
             player.turn(1, START_S)
-        outcomes = play([*names, BARE], rounds, lambda name: players[name].turn(STEPS, STEP_S * (1 + STEPS)))
+        outcomes = play([*names, BARE], rounds, lambda name: players[name].turn(steps, STEP_S * (1 + steps)))
     finally:
         close_all(player.subject for player in players.values())
         folder.cleanup()
