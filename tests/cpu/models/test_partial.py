@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import gc
 import functools
 import random
 import resource
@@ -192,7 +193,8 @@ def test_after_an_error_modules_are_built_as_ever() -> None:
 def peak_growth(rank: Rank, holds: Holds) -> tuple[int, int, int]:
     """By how many bytes building raises the most that this process has had in memory; what is held; the largest."""
     build_part(lambda: nn.Linear(64, 64), lambda *_: ())  # what it loads on first use is loaded
-    ctypes.CDLL(None).malloc_trim(0)  # memory that other tests have freed would hide what is taken here
+    gc.collect()  # what other tests left behind, freed in the middle, would hide what is taken here
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _high_water()
     module = build_part(lambda: nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(24))), holds).module
@@ -208,7 +210,7 @@ def _high_water() -> int:
 def test_the_peak_is_what_is_held_and_one_tensor() -> None:
     (grew, mine, largest) = run_ranks(1, peak_growth, all_of(lambda name: int(name.split(".")[0]) < 6))[0]
     assert mine == 6 * (1024 + 1) * 1024 * 4
-    assert mine <= grew < mine + largest + 8 * 2**20
+    assert 0.9 * mine <= grew < mine + largest + 8 * 2**20
     (grew, mine, largest) = run_ranks(1, peak_growth, rows_of(1, 4))[0]
     assert mine == 24 * (1024 + 1) * 256 * 4
     assert 0.9 * mine <= grew < mine + 2 * largest + 8 * 2**20
