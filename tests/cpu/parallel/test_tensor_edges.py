@@ -477,7 +477,7 @@ def test_autocast_computes_a_loss_of_cut_scores_in_float32() -> None:
 
 
 def test_splits_do_not_depend_on_the_order_of_gradients() -> None:
-    from shardwise.parallel.tensor.prove import _compare
+    from shardwise.parallel.tensor.prove import compare
 
     expected = {
         "output 0": torch.tensor([float("nan")]),
@@ -485,5 +485,5 @@ def test_splits_do_not_depend_on_the_order_of_gradients() -> None:
         "gradient of b": torch.ones(1),
     }
     for names in (list(expected), list(expected)[::-1]):
-        gap, _ = _compare({n: expected[n] for n in names}, {n: expected[n].clone() for n in names})
+        gap, _ = compare({n: expected[n] for n in names}, {n: expected[n].clone() for n in names})
         assert gap == float("inf")
