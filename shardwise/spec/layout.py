@@ -17,7 +17,7 @@ from shardwise.spec.plan import Plan, Split
 Shape = tuple[int, ...]
 Span = tuple[int, int]
 
-_SPLIT_DIM = {"column": 0, "vocabulary": 0, "row": 1}
+_SPLIT_DIM = {"column": 0, "vocabulary": 0, "experts": 0, "row": 1}
 _V_SCHEDULES = ("zbv", "dualpipev")  # their second half of stages runs back from the last rank to the first
 _SMALLEST_CUT_BYTES = 64 * 1024
 
@@ -56,11 +56,11 @@ def boxes(name: str, shape: Shape, plan: Plan, rank: int) -> tuple[Box, ...]:
 
     - pipeline: the stages that own the tensor's block; see `holds`.
     - tensor: `plan.splits` maps a glob pattern over parameter or module names to a `Split`; the first match decides.
-      `column` and `vocabulary` cut dim 0, `row` dim 1 (a 1-dim bias stays whole). Without `parts` the dim falls into
-      ceil-sized chunks like `torch.chunk`. With `parts` it is one or more fused pieces, one after the other, each cut
-      into one part a rank: `parts[piece * tensor + rank]` counts its units, of which the dim has `sum(parts)`. For two
-      ranks, `(3, 2)` cuts 5 heads into 3 and 2, and `(4, 4, 1, 1, 1, 1)` halves a fused query (8 heads), key (2 heads)
-      and value (2 heads) weight.
+      `column`, `vocabulary` and `experts` cut dim 0, `row` dim 1 (a 1-dim bias stays whole). Without `parts` the dim
+      falls into ceil-sized chunks like `torch.chunk`. With `parts` it is one or more fused pieces, one after the other,
+      each cut into one part a rank: `parts[piece * tensor + rank]` counts its units, of which the dim has `sum(parts)`.
+      For two ranks, `(3, 2)` cuts 5 heads into 3 and 2, and `(4, 4, 1, 1, 1, 1)` halves a fused query (8 heads), key (2
+      heads) and value (2 heads) weight.
     - shard: dim 0 of what is left, in ceil-sized chunks (FSDP2's rule). Buffers are never sharded; parameters only
       with `zero=3`, optimizer state always.
     - data, context, expert: whole replicas.

@@ -17,18 +17,19 @@ HEADS = {"sync": "word", "recompute": "mode"}  # the field of a group that a pla
 
 # Dimensions that have names, wherever in a model they are: heads (indices that stay together in groups), hidden (single
 # indices between two layers), and the rows of tables.
-DIMENSIONS = ("@heads", "@hidden", "@vocabulary")
+DIMENSIONS = ("@heads", "@hidden", "@vocabulary", "@experts")
 
 
 class Split(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How one weight is cut over the tensor axis.
 
     `parts[piece * tensor + rank]` are sizes in units, of which the cut dimension is a multiple: `(4, 4, 1, 1, 1, 1)`
-    is a fused query, key and value with 8, 2 and 2 heads on 2 ranks. Empty: equal parts. `split` is for the names of
-    `DIMENSIONS`.
+    is a fused query, key and value with 8, 2 and 2 heads on 2 ranks. Empty: equal parts. `experts` cuts dim 0: of a
+    mixture's parameter [experts, ...] each rank has its experts' rows, and of one that belongs to a single expert all
+    or nothing (`parts` such as `(0, 1)`). `split` is for the names of `DIMENSIONS`.
     """
 
-    how: Literal["column", "row", "vocabulary", "whole", "split"]
+    how: Literal["column", "row", "vocabulary", "experts", "whole", "split"]
     parts: tuple[int, ...] = ()
 
 

@@ -14,8 +14,11 @@ from shardwise.comm.mesh import Mesh
 from shardwise.errors import SpecError
 from shardwise.models.blocks import find_blocks, owner
 from shardwise.parallel.sharded import refuse_unlike_by_rows
+from shardwise.parallel.tensor.crossing import GroupCrossing
+from shardwise.parallel.tensor.experts import Mixture
 from shardwise.parallel.tensor.find import configurations
 from shardwise.parallel.tensor.links import GroupLinks, gathered
+from shardwise.parallel.tensor.mixed import in_expert, opened, planned
 from shardwise.parallel.tensor.propose import Owned, owned_under
 from shardwise.parallel.tensor.unit import Unit
 from shardwise.spec.layout import split_of
@@ -43,7 +46,11 @@ class Tensors:
         for config in self._caches:
             config.use_cache = False
         self._cut()
-        self.units = _units(module, self.owned, plan, self.links)
+        mixtures = planned(module, self.owned, [name for name in self.owned if _how(name, plan) == "experts"])
+        self.units: list[Unit | Mixture] = [
+            *_units(module, self.owned, plan, self.links, {name: one.experts for name, one in mixtures.items()}),
+            *(Mixture(module.get_submodule(name), *one, GroupCrossing(group)) for name, one in mixtures.items()),
+        ]
         self.open()
 
     def open(self) -> None:
@@ -93,21 +100,30 @@ class Tensors:
                 p.grad = None
 
 
-def _units(module: nn.Module, cut: Mapping[str, Owned], plan: Plan, links: GroupLinks) -> list[Unit]:
+def _how(name: str, plan: Plan) -> str:
+    split = split_of(name, plan)
+    return split.how if split is not None else "whole"
+
+
+def _units(
+    module: nn.Module,
+    cut: Mapping[str, Owned],
+    plan: Plan,
+    links: GroupLinks,
+    mixtures: Mapping[str, Collection[str]],
+) -> list[Unit]:
     """The modules that run as programs: blocks, what has several cut weights together, and tables of a vocabulary."""
     names = {id(p): name for name, p in module.named_parameters()}
     every = [(alias, names[id(p)]) for alias, p in module.named_parameters(remove_duplicate=False)]
     layers: dict[str, bool] = {}  # and whether it is a table
     for alias, name in every:
-        if name in cut:
-            split = split_of(name, plan)
-            table = split is not None and split.how == "vocabulary"
-            layers[alias.rpartition(".")[0]] = table
+        if name in cut and (how := _how(name, plan)) != "experts":
+            layers[alias.rpartition(".")[0]] = how == "vocabulary"
     units = []
     called = dict(module.named_modules())  # each once, under its first name
     tables = [layer for layer, table in layers.items() if table and layer in called and not called[layer]._modules]
     others = [name for name, table in layers.items() if not table]
-    for top in (*_tops(list(find_blocks(module)), others, called), *tables):
+    for top in (*_tops(_regions(module, mixtures), others, called, mixtures), *tables):
         part = module.get_submodule(top)
         inside = {inner: names[id(p)] for inner, p in part.named_parameters()}
         mine = {inner: cut[name] for inner, name in inside.items() if name in cut}
@@ -127,12 +143,28 @@ def _whole(p: Tensor, cut: Owned | None) -> tuple[int, ...]:
     return tuple(len(cut.ids) if cut is not None and d == cut.dim else n for d, n in enumerate(p.shape))
 
 
-def _tops(blocks: Sequence[str], layers: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
+def _regions(module: nn.Module, mixtures: Mapping[str, Collection[str]]) -> list[str]:
+    """The blocks; of those with a mixture of experts what is beside it."""
+
+    def through(name: str) -> list[str]:
+        inside = opened(module, name, mixtures)
+        return [name] if inside is None else [one for inner in inside for one in through(inner)]
+
+    return [one for name in find_blocks(module) if not in_expert(name, mixtures) for one in through(name)]
+
+
+def _tops(
+    blocks: Sequence[str],
+    layers: Sequence[str],
+    modules: Mapping[str, nn.Module],
+    mixtures: Collection[str],
+) -> list[str]:
     """Blocks that have cut layers; elsewhere the smallest modules that have several of them, not in one another."""
     found = [block for block in blocks if any(owner(layer, [block]) for layer in layers)]
     rest = [layer for layer in layers if owner(layer, blocks) is None]
     together = {_shared(a, b) for a in rest for b in rest if a != b} - {""}
     together = {name for name in together if not isinstance(modules.get(name), (nn.ModuleList, nn.ModuleDict))}
+    together = {name for name in together if not any(f"{one}.".startswith(f"{name}.") for one in mixtures)}
     tops = {max((t for t in together if layer.startswith(t + ".")), key=len, default=layer) for layer in rest}
     return found + sorted(top for top in tops if not any(top.startswith(other + ".") for other in tops))
 

@@ -21,6 +21,9 @@ from shardwise.models.inputs import call
 from shardwise.parallel.tensor.atoms import parts_of
 from shardwise.parallel.tensor.capture import Captured, capture
 from shardwise.parallel.tensor.guards import python_draws
+from shardwise.parallel.tensor.mixed import in_expert, opened
+from shardwise.parallel.tensor.mixture_proof import Mixed, Unfit
+from shardwise.parallel.tensor.mixtures import find_mixture, widened
 from shardwise.parallel.tensor.propose import Owned, Proposal, Refused, owned_under, propose
 from shardwise.parallel.tensor.prove import TOLERANCE, difference
 from shardwise.spec.layout import split_of
@@ -59,7 +62,7 @@ def find_splits(
     nothing can be split, SpecError for a split that was asked for and changes what the model computes.
     """
     seen = _run(module, batch, forward)
-    search = _Search(module, seen, ranks, asked or {})
+    search = _Search(module, seen, ranks, widened(module, asked or {}))
     owned = search.all()
     if not owned:
         why = "; ".join(dict.fromkeys(search.whole.values())) or "it has no blocks with linear layers"
@@ -68,7 +71,7 @@ def find_splits(
             "pipeline axis instead."
         )
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
-    kinds = {name: _split(name, cut, ranks, search.tables) for name, cut in owned.items()}
+    kinds = {name: _split(name, cut, ranks, search) for name, cut in owned.items()}
     return Found(_patterns(kinds, list(shapes)), {n: why for n, why in search.whole.items() if n not in owned})
 
 
@@ -76,6 +79,11 @@ class _Search:
     def __init__(self, module: nn.Module, seen: Seen, ranks: int, asked: Mapping[str, Split]) -> None:
         self.module, self.seen, self.ranks = module, seen, ranks
         self.asked, self.asked_whole = asked_of(module, asked, ranks)
+        plan = Plan(tensor=ranks, splits=dict(asked))
+        experts = {name for name in self.asked if (split := split_of(name, plan)) and split.how == "experts"}
+        self.asked_experts = {name: self.asked.pop(name).ids for name in experts}
+        self.mixtures: dict[str, Mixed] = {}
+        self.by_experts: dict[str, Owned] = {}
         self.names = {id(p): name for name, p in module.named_parameters()}
         self.total = num_parameters([module])
         self.blocks = find_blocks(module)
@@ -86,6 +94,7 @@ class _Search:
         self.named = {name: split.how for name, split in asked.items() if name in DIMENSIONS}
         self.dimensions: dict[str, str] = {}  # parameter -> which of `DIMENSIONS` is cut
         self._proven: dict[Any, Proposal] = {}
+        self._mixed: dict[Any, Mixed | Unfit | None] = {}
 
     def all(self) -> dict[str, Owned]:
         """Until what is used in several places is cut alike in all of them."""
@@ -93,13 +102,14 @@ class _Search:
             found: dict[str, Owned] = {}
             clash: set[str] = set()
             self.whole, self.tables = {}, set()
+            self._by_experts()
             inner = list(self._inner())
             units = {*inner, *self._vocabularies(inner)}
-            for name in sorted(units):
-                for parameter, cut in self._of(name).items():
+            for cuts in (self.by_experts, *(self._of(name) for name in sorted(units))):
+                for parameter, cut in cuts.items():
                     if found.setdefault(parameter, cut) != cut:
                         clash.add(parameter)
-            clash |= {name for name in found if not self._covered(name, units)}
+            clash |= {name for name in found if not self._covered(name, {*units, *self.mixtures})}
             self.wished |= {name for name in found if self.named.get(self._dimension(name)) == "whole"}
             clash |= self.wished & found.keys()
             if lost := sorted(self.asked.keys() - found.keys() | self.asked.keys() & clash):
@@ -112,6 +122,8 @@ class _Search:
             self._proven.clear()
 
     def _dimension(self, parameter: str) -> str:
+        if parameter in self.by_experts:
+            return "@experts"
         return "@vocabulary" if parameter in self.tables else self.dimensions[parameter]
 
     def _check_named(self, found: Mapping[str, Owned]) -> None:
@@ -120,31 +132,82 @@ class _Search:
             if how == "split" and not any(self._dimension(one) == name for one in found):
                 raise refused(f"'{name}': nothing of this dimension can be split here")
 
+    def _by_experts(self) -> None:
+        """Find the mixtures of experts, and their cuts by the names of the whole model."""
+        self.mixtures = {}
+        found: dict[str, Owned] = {}
+        self.by_experts = found
+        for name in sorted(self.seen.calls, key=lambda name: name.count(".") + bool(name)):
+            if in_expert(name, self._experts()):
+                continue
+            inside = {n: self.names[id(p)] for n, p in self.module.get_submodule(name).named_parameters()}
+            mixed = self._mixture(name, inside)
+            if isinstance(mixed, Mixed):
+                self.mixtures[name] = mixed
+                found |= {inside[n]: cut for n, cut in mixed.cuts(self.module.get_submodule(name)).items()}
+        if lost := sorted(self.asked_experts.keys() - found.keys()):
+            raise refused(f"'{lost[0]}': {self.whole.get(lost[0], 'it belongs to no mixture of experts')}")
+
+    def _mixture(self, name: str, inside: Mapping[str, str]) -> Mixed | Unfit | None:
+        keep = frozenset(n for n, outer in inside.items() if outer in self.keep or outer in self.asked)
+        key = (name, keep)
+        if key not in self._mixed:
+            asked = {n: self.asked_experts[outer] for n, outer in inside.items() if outer in self.asked_experts}
+            args, kwargs = self.seen.calls[name]
+            part = self.module.get_submodule(name)
+            try:
+                with without_cache(part):
+                    self._mixed[key] = find_mixture(part, args, kwargs, self.ranks, keep=keep, asked=asked)
+            except Unfit as why_not:
+                self._mixed[key] = why_not
+        found = self._mixed[key]
+        if isinstance(found, Unfit):
+            self.whole |= {inside[n]: str(found) for n in found.names}
+        return found
+
+    def _experts(self) -> dict[str, dict[str, int]]:
+        return {name: mixed.experts for name, mixed in self.mixtures.items()}
+
     def _inner(self) -> Iterator[str]:
         """The blocks; where there are none, the smallest modules that can be split by themselves."""
+        blocks = [name for name in self.blocks if not in_expert(name, self._experts())]
         for name in self.seen.calls:
-            if name in self.blocks:
+            if name in blocks:
                 yield from self._splittable(name)
-        if not self.blocks:
+        if not blocks:
             yield from self._smallest("")
 
     def _splittable(self, name: str) -> Iterator[str]:
         """`name`, or what is inside of it that can be captured."""
+        inside = opened(self.module, name, self._experts())
+        if inside is not None:
+            for one in inside:
+                yield from self._splittable(one) if one in self.seen.calls and self._beside(name, one) else ()
+            return
         if name not in self.seen.calls or self._captured(name) is not None:
             yield name
             return
         for child, _ in self.module.get_submodule(name).named_children():
             yield from self._splittable(f"{name}.{child}") if f"{name}.{child}" in self.seen.calls else ()
 
+    def _beside(self, name: str, child: str) -> bool:
+        """Whether a child of a mixture may be split by itself: it is no single layer, such as the router, and has no
+        part in what the experts give."""
+        if name not in self.mixtures:
+            return True
+        part = self.module.get_submodule(child)
+        return any(True for _ in part.children()) and child.removeprefix(f"{name}.") not in self.mixtures[name].inside
+
     def _smallest(self, name: str) -> list[str]:
         """Of a module and those inside of it, what together has most that can be cut."""
         found: list[str] = []
         for child, part in self.module.get_submodule(name).named_children():
             inner = f"{name}.{child}" if name else child
-            if not any(True for _ in part.children()):
+            if not any(True for _ in part.children()) or in_expert(inner, self._experts()):
                 continue
             below = self._smallest(inner)
-            own = inner in self.seen.calls and self._gain([inner]) > self._gain(below)
+            alone = inner in self.seen.calls and opened(self.module, inner, self._experts()) is None
+            own = alone and self._gain([inner]) > self._gain(below)
             found += [inner] if own else below
         return found
 
@@ -157,6 +220,7 @@ class _Search:
         """Large embeddings outside of what is split otherwise, and the linear layers that score their rows."""
         outside = {n: m for n, m in self.module.named_modules() if n in self.seen.calls and owner(n, inner) is None}
         outside = {n: m for n, m in outside.items() if owner(n, self.blocks) is None}
+        outside = {n: m for n, m in outside.items() if not in_expert(n, self._experts())}
         tables = {n: m for n, m in outside.items() if isinstance(m, nn.Embedding) and self._large(m.weight)}
         most = max((m.num_embeddings for m in tables.values()), default=0)
         tables = {n: m for n, m in tables.items() if m.num_embeddings >= FEW * most}
@@ -336,19 +400,21 @@ def _text(captured: Captured) -> str:
     return "\n".join([*lines, str(captured.graph)])
 
 
-def _split(name: str, cut: Owned, ranks: int, tables: set[str]) -> Split:
-    how = "vocabulary" if name in tables and cut.dim == 0 else "row" if cut.dim else "column"
+def _split(name: str, cut: Owned, ranks: int, search: _Search) -> Split:
+    how = "vocabulary" if name in search.tables and cut.dim == 0 else "row" if cut.dim else "column"
+    how = "experts" if name in search.by_experts else how
     size = -(-len(cut.ids) // ranks)
     equal = cut.ids == tuple(index // size for index in range(len(cut.ids)))
     return Split(how=how, parts=() if equal else parts_of(cut.ids, ranks))  # type: ignore[arg-type]
 
 
 def _patterns(splits: Mapping[str, Split], names: Sequence[str]) -> dict[str, Split]:
-    """The same with blocks' numbers as `*`, where that says the same of every parameter."""
+    """The same with blocks' numbers as `*` (else the first of them), where that says the same of every parameter."""
     short: dict[str, Split] = {}
     for name, split in splits.items():
-        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-        matched = [one for one in names if fnmatchcase(one, pattern)]
-        good = all(splits.get(one) == split for one in matched)
-        short[pattern if good else name] = split
+        for most in range(name.count("."), -1, -1):
+            pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name, count=most) if most else name
+            if all(splits.get(one) == split for one in names if fnmatchcase(one, pattern)):
+                break
+        short[pattern] = split
     return short

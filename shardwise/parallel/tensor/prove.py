@@ -112,16 +112,16 @@ def difference(
     leaves, _ = tree_flatten((args, kwargs))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        expected = _whole(module, args, kwargs)
+        expected = run_whole(module, args, kwargs)
         torch.manual_seed(0)
         ours = {name: tensor.detach().clone().requires_grad_(tensor.requires_grad) for name, tensor in state.items()}
-        tensors = [_leaf(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+        tensors = [as_leaf(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
         handed = [tensor.clone() for tensor in tensors]
         held = [[part(t, *owned[n], rank) if n in owned else t for n, t in ours.items()] for rank in range(ranks)]
         outputs = together(programs, captured.constants, [[*mine, *handed] for mine in held])
     inputs = {**ours, **{f"argument {i}": tensor for i, tensor in enumerate(tensors)}}
-    found = _with_gradients([*outputs, *_written(handed)], inputs)
-    return _compare(expected, found | {f"buffer {name}": ours[name] for name, _ in module.named_buffers()})
+    found = with_gradients([*outputs, *_written(handed)], inputs)
+    return compare(expected, found | {f"buffer {name}": ours[name] for name, _ in module.named_buffers()})
 
 
 def _written(handed: Sequence[Tensor]) -> list[Tensor]:
@@ -129,14 +129,16 @@ def _written(handed: Sequence[Tensor]) -> list[Tensor]:
     return [tensor for tensor in handed if tensor._version]
 
 
-def _leaf(tensor: Tensor) -> Tensor:
+def as_leaf(tensor: Tensor) -> Tensor:
+    """A copy of its own, with a gradient."""
     return tensor.detach().clone().requires_grad_(tensor.is_floating_point())
 
 
-def _whole(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Tensor]:
+def run_whole(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Tensor]:
+    """Outputs, gradients and buffers of a call of a copy of the module."""
     twin = copy.deepcopy(module)
     leaves, tree = tree_flatten((args, kwargs))
-    tensors = [_leaf(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+    tensors = [as_leaf(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
     handed = [tensor.clone() for tensor in tensors]  # what is no leaf may be written into
     each = iter(handed)
     a, k = tree_unflatten([next(each) if isinstance(leaf, Tensor) else leaf for leaf in leaves], tree)
@@ -144,10 +146,10 @@ def _whole(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Tensor]:
     state = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
     inputs = {**state, **{f"argument {i}": one for i, one in enumerate(tensors)}}
     buffers = {f"buffer {name}": buffer for name, buffer in twin.named_buffers()}
-    return _with_gradients([*outputs, *_written(handed)], inputs) | buffers
+    return with_gradients([*outputs, *_written(handed)], inputs) | buffers
 
 
-def _with_gradients(outputs: Sequence[Any], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_gradients(outputs: Sequence[Any], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Outputs and the gradients of a sum of them in which every element has a weight of its own."""
     found = {f"output {i}": one.detach() for i, one in enumerate(outputs) if isinstance(one, Tensor)}
     wanted = [one for one in outputs if isinstance(one, Tensor) and one.requires_grad and one.is_floating_point()]
@@ -159,7 +161,8 @@ def _with_gradients(outputs: Sequence[Any], inputs: Mapping[str, Tensor]) -> dic
     return found | {f"gradient of {n}": g for n, g in zip(named, grads, strict=True) if g is not None}
 
 
-def _compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> tuple[float, str]:
+def compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> tuple[float, str]:
+    """The largest relative difference, and of what."""
     worst, where = 0.0, ""
     floor = FLOOR * max((_largest(g) for g in expected.values() if g.is_floating_point()), default=1.0)
     for name in dict.fromkeys((*expected, *found)):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import gc
 import functools
+import gc
 import random
 import resource
 from collections.abc import Callable

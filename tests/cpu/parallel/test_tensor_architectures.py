@@ -18,7 +18,7 @@ QUICK = ("gpt2", "t5", "mixtral")
 WITHOUT = ("resnet", "unet")  # neither attention nor MLPs
 SPLIT = [name for name in NAMES if name not in WITHOUT]
 LEAST = 0.6  # of the parameters
-LESS = {"lstm": 0.4, "mixtral": 0.15, "tied": 0.5, "frozen": 0.5}  # experts and recurrent layers stay whole
+LESS = {"lstm": 0.4, "tied": 0.5, "frozen": 0.5}  # recurrent layers stay whole
 
 
 def gradients(rank: Rank, name: str, plan: Plan) -> tuple[float, dict[str, Tensor], float]:

@@ -16,7 +16,7 @@ from shardwise import events
 from shardwise.parallel.parallelize import parallelize
 from shardwise.parallel.tensor import unit
 from shardwise.parallel.tensor.find import Found, find_splits
-from shardwise.parallel.tensor.prove import _compare
+from shardwise.parallel.tensor.prove import compare
 from shardwise.spec.plan import Plan
 from tests.ranks import Rank, RankFailed, run_ranks
 
@@ -497,8 +497,8 @@ def test_no_graph_is_tried_for_ever() -> None:
 
 def test_zeros_that_are_alike_do_not_differ() -> None:
     zeros = {"output 0": torch.zeros(2)}
-    assert _compare(zeros, {"output 0": torch.zeros(2)})[0] == 0.0
-    assert _compare(zeros, {"output 0": torch.ones(2)})[0] == float("inf")
+    assert compare(zeros, {"output 0": torch.zeros(2)})[0] == 0.0
+    assert compare(zeros, {"output 0": torch.ones(2)})[0] == float("inf")
 
 
 def test_splits_do_not_depend_on_the_order_of_gradients() -> None:
@@ -508,5 +508,5 @@ def test_splits_do_not_depend_on_the_order_of_gradients() -> None:
         "gradient of b": torch.ones(1),
     }
     for names in (list(expected), list(expected)[::-1]):
-        gap, _ = _compare({n: expected[n] for n in names}, {n: expected[n].clone() for n in names})
+        gap, _ = compare({n: expected[n] for n in names}, {n: expected[n].clone() for n in names})
         assert gap == float("inf")
