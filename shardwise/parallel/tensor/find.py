@@ -311,7 +311,8 @@ def _run(module: nn.Module, batch: Any, forward: Forward | None, values: Values)
         uses.stack.append(name)
         if name not in calls:
             leaves, tree = tree_flatten((args, kwargs))
-            kind = (type(part), str(tree), *map(_kind, leaves))
+            sizes = tuple(p.shape for p in part.parameters())  # one table's indices need not be in another
+            kind = (type(part), sizes, str(tree), *map(_kind, leaves))
             if kind not in kinds:
                 kinds[kind] = tree_map(_kept, (args, kwargs))
             calls[name] = kinds[kind]
