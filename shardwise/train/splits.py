@@ -34,12 +34,21 @@ class Told(msgspec.Struct, frozen=True, kw_only=True):
     kind: str = ""
     text: str = ""
 
+    @property
+    def hows(self) -> dict[str, str]:
+        return {name: split.how for name, split in self.splits.items()}
+
 
 def split_here(job: TrainJob, plan: Plan, mesh: Mesh, prepared: Prepared) -> Plan:
-    """The plan with all its splits over the tensor axis, which rank 0 finds from the model itself. Collective.
+    """The plan with all its splits over the tensor axis (`agreed_splits`); says in an event what stays whole."""
+    told = agreed_splits(job, plan, mesh, prepared)
+    if mesh.rank == 0:
+        events.emit("splits", splits=told.hows, whole=told.whole)
+    return structs.replace(plan, splits=told.splits)
 
-    An error there is raised on every rank. Says in an event what stays whole.
-    """
+
+def agreed_splits(job: TrainJob, plan: Plan, mesh: Mesh, prepared: Prepared) -> Told:
+    """What rank 0 finds from the model itself, on every rank; so is an error there. Collective."""
     told, error = Told(), None
     if mesh.rank == 0:
         try:
@@ -52,9 +61,7 @@ def split_here(job: TrainJob, plan: Plan, mesh: Mesh, prepared: Prepared) -> Pla
         raise error
     if told.kind:
         raise getattr(errors, told.kind)(told.text)
-    if mesh.rank == 0:
-        events.emit("splits", splits={name: one.how for name, one in told.splits.items()}, whole=told.whole)
-    return structs.replace(plan, splits=told.splits)
+    return told
 
 
 def found_splits(job: TrainJob, plan: Plan, prepared: Prepared, *, folder: str = "") -> Told:

@@ -90,6 +90,7 @@ class _Search:
         self.keep = set(self.asked_whole)
         self.tables: set[str] = set()  # parameters that are cut along a vocabulary
         self._proven: dict[Any, dict[str, Owned]] = {}
+        self._reasons: dict[Any, dict[str, str]] = {}  # of the same, why the others are whole
         self._captures: dict[str, Captured | None] = {}
 
     def all(self) -> dict[str, Owned]:
@@ -186,6 +187,8 @@ class _Search:
         key = (_text(captured), keep, str(forced))
         if key not in self._proven:
             self._proven[key] = self._prove(name, captured, keep, inside, forced)
+            self._reasons[key] = {n: self.whole[outer] for n, outer in inside.items() if outer in self.whole}
+        self.whole |= {inside[n]: why for n, why in self._reasons[key].items()}
         return {inside[n]: cut for n, cut in self._proven[key].items()}
 
     def _prove(

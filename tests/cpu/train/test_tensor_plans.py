@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from msgspec import structs
 from test_parts_in_memory import MIB, OVERHEAD, HighWater, job, prepared, weights, whole
 
 import shardwise as sw
 from shardwise.errors import JobError
+from shardwise.plan.splits import splits_text
 from shardwise.spec.layout import boxes
 from shardwise.spec.plan import Plan
 from shardwise.train.run import Trainer, build_replica
-from shardwise.train.splits import split_here
+from shardwise.train.splits import found_splits, split_here
 from shardwise.train.state import Saver
 from tests.ranks import Rank, run_ranks
 
@@ -86,6 +88,20 @@ def test_a_rank_builds_its_part_with_the_values_of_one_process(tmp_path: Path) -
     halves = [name for name, p in ranks[0].items() if p.dim() == 2]
     assert halves
     assert all(ranks[0][name].shape == ranks[1][name].shape for name in halves)
+
+
+def test_what_stays_whole_is_said_with_the_reason(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=8000)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+    mixture = structs.replace(tiny(), model=lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**sizes, **heads)))
+    told = found_splits(mixture, Plan(tensor=2), prepared(mixture, tmp_path))
+    assert told.hows["model.layers.*.self_attn.o_proj.weight"] == "row"
+    whole = told.whole.keys() - told.splits.keys()
+    assert "model.layers.*.mlp.gate.weight" in whole
+    assert "model.layers.*.mlp.experts.down_proj" in {**told.whole, **told.splits}
+    said = splits_text(told.hows, told.whole)
+    assert next(line for line in said if line.startswith("by rows: ")).startswith("by rows: model.layers.*.self_attn.o")
+    assert [line for line in said if line.startswith("whole (") and "model.layers.*.mlp.gate" in line]
 
 
 def load(rank: Rank, plan: Plan, folder: Path, cache: Path) -> tuple[list[int], dict[str, float]]:
