@@ -13,7 +13,7 @@ import copy
 import gc
 import mmap
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -71,14 +71,18 @@ def build_part(model: Callable[[], nn.Module], holds: Holds) -> Built:
     del module
     gc.collect()
     with _same_chances(keep=False) as restart:
-        second = _Build(parts.get, draws=True)
-        module = second.run(model)
-        same = second.names(module) == names and not second.read & parts.keys()
-        _refuse_built_before(module, first)
+        second = _Build(parts.get, draws=True, drawn_in_views=first.drawn_in_views)
+        try:
+            module = second.run(model)
+            same = second.names(module) == names and not second.read & parts.keys()
+            _refuse_built_before(module, first)
+        except RuntimeError:  # a view that columns, which lie in another order, do not allow
+            same = False
         if not same:
             restart()
             module = model()
             _refuse_built_before(module, second)
+        second.forget()
     return Built(module, by_part=same)
 
 
@@ -89,11 +93,13 @@ def parts_in_memory(parameter: Tensor) -> Sequence[Box]:
     return _partial.get(_storage(parameter), (whole(tuple(parameter.shape)),))
 
 
-def reserved(like: Tensor) -> Tensor:
-    """A tensor of zeros of the same shape, strides and dtype, whose pages exist once somebody writes into them."""
-    elements = 1 + sum((extent - 1) * stride for extent, stride in zip(like.shape, like.stride(), strict=True))
+def reserved(like: Tensor, strides: Sequence[int] | None = None) -> Tensor:
+    """A tensor of zeros of the same shape, dtype and strides (or those given), whose pages exist once somebody writes
+    into them."""
+    strides = like.stride() if strides is None else strides
+    elements = 1 + sum((extent - 1) * stride for extent, stride in zip(like.shape, strides, strict=True))
     pages = mmap.mmap(-1, max(1, elements) * like.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=like.dtype).as_strided(like.shape, like.stride())
+    return torch.frombuffer(pages, dtype=like.dtype).as_strided(like.shape, strides)
 
 
 def copy_without_memory(module: nn.Module) -> nn.Module:
@@ -104,20 +110,29 @@ def copy_without_memory(module: nn.Module) -> nn.Module:
 
 
 class _Away(NamedTuple):
-    """A parameter that is not whole in memory: its number, its data, and where the data count."""
+    """A parameter that is not whole in memory: its number, its data, where the data count, and the strides that it was
+    made with: what has columns alone lies column by column, so that the others have pages of their own."""
 
     number: int
     data: Tensor
     parts: Sequence[Box]
+    strides: Sequence[int]
 
 
 class _Build:
     """One run of the function. Parameters are numbered as they come; `parts` says where those count that are not whole
     (None for the others)."""
 
-    def __init__(self, parts: Callable[[int], Sequence[Box] | None], *, draws: bool) -> None:
+    def __init__(
+        self,
+        parts: Callable[[int], Sequence[Box] | None],
+        *,
+        draws: bool,
+        drawn_in_views: Collection[int] = (),
+    ) -> None:
         self.numbers: dict[int, int] = {}  # by id
         self.read: set[int] = set()  # the numbers of those whose values something took
+        self.drawn_in_views = set(drawn_in_views)  # those of which a part got random numbers, in its order of memory
         self.draws = draws
         self._away: dict[int, _Away] = {}  # by storage, which is kept so that no other has its number
         self._parameters: list[nn.Parameter] = []
@@ -148,6 +163,11 @@ class _Build:
             if parameter.device.type == "cpu":
                 parameter.data = torch.empty(0, dtype=parameter.dtype)
 
+    def forget(self) -> None:
+        """Hold no tensor any more, whoever still holds this."""
+        self._away.clear()
+        self._parameters.clear()
+
     def away(self, tensor: Tensor) -> _Away | None:
         """What is known of the parameter that this is, or is a view of, if it is not whole in memory."""
         return self._away.get(_storage(tensor)) if _has_storage(tensor) else None
@@ -169,9 +189,10 @@ class _Build:
             self.read |= {number} if other is None else {number, other.number}  # it shares memory with something
         elif parts is not None and parameter.nbytes >= mmap.PAGESIZE:
             made = parameter.data
-            parameter.data = reserved(parameter)
+            columns = number not in self.drawn_in_views and _are_columns(parts, tuple(parameter.shape))
+            parameter.data = reserved(parameter, (1, made.shape[0]) if columns else None)
             _copy_parts(made, parameter.data, parts)
-            self._away[_storage(parameter)] = _Away(number, parameter.data, parts)
+            self._away[_storage(parameter)] = _Away(number, parameter.data, parts, made.stride())
             _partial[_storage(parameter)] = parts
 
     @contextmanager
@@ -212,11 +233,13 @@ class _Operators(TorchDispatchMode):
         target = written[0] if alone else None
         self._build.read |= {away.number for tensor, away in found if tensor is not target}
         away = self._build.away(target) if target is not None else None
+        if random and target is not None and away is not None and not _alike(target, away.data):
+            self._build.drawn_in_views.add(away.number)
         if target is None or away is None or (away.parts and not _alike(target, away.data)):
             return func(*args, **kwargs)
         if away.parts or (random and self._build.draws):
             # the same place in memory order, so that as many numbers are drawn in the same way
-            made = reserved(target)
+            made = reserved(target, away.strides if away.parts else None)
             _copy_parts(target, made, away.parts)
             func(
                 *(made if arg is target else arg for arg in args),
@@ -243,6 +266,14 @@ class _Raw(TorchFunctionMode):
 def _copy_parts(source: Tensor, target: Tensor, parts: Sequence[Box]) -> None:
     for box in parts:
         target.detach()[box.slices].copy_(source.detach()[box.slices])
+
+
+def _are_columns(parts: Sequence[Box], shape: Shape) -> bool:
+    return (
+        len(shape) == 2
+        and bool(parts)
+        and all(box.shape[0] == shape[0] > 1 and box.shape[1] < shape[1] for box in parts)
+    )
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

@@ -15,6 +15,7 @@ from shardwise.observe.exchanged import axes_of, axes_text
 from shardwise.observe.history import ESCAPE, amount, finite, number, whole, word
 from shardwise.observe.summary import PARTS, evaluation_of, facts_of, inside_run, step_parts, tokens, warning_text
 from shardwise.observe.text import evaluation_words, facts_text, figure, labelled, parameters_text, percent, plural
+from shardwise.plan.splits import splits_text
 from shardwise.spec.plan import Prediction
 from shardwise.units import format_bytes, format_count, format_seconds
 
@@ -77,7 +78,9 @@ class Narrator:
                 return labelled(
                     [(word(event, "status") or "finished", f"at step {whole(event, 'step')}{_took(event)}")]
                 )
-        return labelled([("mesh", axes_text(axes_of([event]))), ("warning", warning_text(event))])
+        said = splits_text(_words(event, "splits"), _words(event, "whole")) if event["event"] == "splits" else []
+        splits = [("" if number else "splits", one) for number, one in enumerate(said)]
+        return labelled([("mesh", axes_text(axes_of([event]))), ("warning", warning_text(event)), *splits])
 
     def status(self) -> Status:
         """Where the run stands after the last step event."""
@@ -196,3 +199,8 @@ def log_line(line: bytes) -> str:
 def _took(event: Event) -> str:
     seconds = amount(event, "seconds")
     return f"   {format_seconds(seconds)}" if seconds else ""
+
+
+def _words(event: Event, name: str) -> dict[str, str]:
+    found = event.get(name)
+    return {str(k): ESCAPE.sub("", str(v)) for k, v in found.items()} if isinstance(found, dict) else {}

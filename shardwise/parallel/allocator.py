@@ -14,6 +14,13 @@ NEVER = 2**31 - 1
 OTHERS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "LD_PRELOAD")
 
 
+def give_back_freed_memory() -> None:
+    """Let glibc give to the system what is free in the process; on other C libraries nothing."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if library is not None and hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
+
+
 def keep_freed_memory(environ: Mapping[str, str] = os.environ) -> bool:
     """Let glibc keep freed memory in the process; True where it does.
 

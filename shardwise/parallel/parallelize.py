@@ -337,13 +337,13 @@ def parallelize(
     _refuse_with_pipeline(module, plan, coupled, compile=compile)
     _refuse_with_tensor(plan, compile=compile)
     pipelined = _pipelined(module, plan, mesh) if plan.pipeline > 1 else None
-    _place(module, plan, mesh)
-    axis = mesh.axis("batch")
     _refuse_unlike(module, mesh, by_part=by_part)
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
-    _spread(module, plan, mesh, mesh.axis("data") if by_part and built_by_rows(plan) else axis)
-    sync = _synchronised(norms, plan, mesh) if batch_norm == "sync" and axis.size > 1 else None
-    tensors = _tensors(module, plan, mesh) if plan.tensor > 1 else None
+    tensors = _tensors(module, plan, mesh) if by_part else None
+    _place(module, plan, mesh)
+    _spread(module, plan, mesh, mesh.axis("data" if by_part and built_by_rows(plan) else "batch"), tensors)
+    sync = _synchronised(norms, plan, mesh) if batch_norm == "sync" and plan.replicas > 1 else None
+    tensors = tensors or _tensors(module, plan, mesh)
     recomputed = recomputing(module, plan, synced_norms=sync is not None, compile=compile)
     if pipelined is not None:
         pipelined.spread()
@@ -379,14 +379,19 @@ def _synchronised(norms: dict[str, Any], plan: Plan, mesh: Mesh) -> BatchNormSyn
     return BatchNormSync(here, second, mesh.device)
 
 
-def _spread(module: nn.Module, plan: Plan, mesh: Mesh, alike: Axis) -> None:
-    """The first rank's values, on the tensor axis and on the one whose ranks hold what is `alike`. Collective."""
-    for group in (mesh.axis("tensor").group, alike.group):
+def _spread(module: nn.Module, plan: Plan, mesh: Mesh, alike: Axis, tensors: Tensors | None) -> None:
+    """The first rank's values, on the tensor axis (of what is not cut already) and on the one whose ranks hold what is
+    `alike`. Collective."""
+    held, cut = _held(module, plan, mesh.rank), tensors.owned if tensors is not None else {}
+    for group, names in ((mesh.axis("tensor").group, held.keys() - cut.keys()), (alike.group, held.keys())):
         if group is not None:
-            broadcast_all(_held(module, plan, mesh.rank), group)
+            broadcast_all([held[name] for name in held if name in names], group)
 
 
-def _tensors(module: nn.Module, plan: Plan, mesh: Mesh) -> Tensors:
+def _tensors(module: nn.Module, plan: Plan, mesh: Mesh) -> Tensors | None:
+    """The module cut over the tensor axis: what is whole once its values are alike, what is in parts before that."""
+    if plan.tensor == 1:
+        return None
     from shardwise.parallel.tensor.apply import Tensors  # what reads graphs takes a second to import
 
     return Tensors(module, plan, mesh)
@@ -422,9 +427,9 @@ def _move(module: nn.Module, names: Collection[str], device: torch.device, dtype
         tensor.data = tensor.data.to(device, kind) if name in names else stand_in(tensor.shape, kind, device)
 
 
-def _held(module: nn.Module, plan: Plan, rank: int) -> list[torch.Tensor]:
+def _held(module: nn.Module, plan: Plan, rank: int) -> dict[str, torch.Tensor]:
     names = set(kept(module, plan, rank))
-    return [t for name, t in (*module.named_parameters(), *module.named_buffers()) if name in names]
+    return {name: t for name, t in (*module.named_parameters(), *module.named_buffers()) if name in names}
 
 
 def _sparse_embeddings(module: nn.Module) -> list[str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from shardwise.plan.splits import splits_text
 from shardwise.spec.cluster import Cluster
 from shardwise.spec.job import JobFacts
 from shardwise.spec.layout import stage_rank
@@ -16,8 +19,11 @@ PRICE = {
 }
 
 
-def explain(plan: Plan, profile: ModelProfile, cluster: Cluster, job: JobFacts) -> str:
-    """Several lines of plain text for a terminal."""
+def explain(
+    plan: Plan, profile: ModelProfile, cluster: Cluster, job: JobFacts, whole: Mapping[str, str] | None = None
+) -> str:
+    """Several lines of plain text for a terminal; `whole` are the parameters that a tensor axis does not split, and
+    why."""
     device = cluster.devices[0]
     per_rank = -(-job.global_batch // plan.replicas)
     lines = [
@@ -30,6 +36,8 @@ def explain(plan: Plan, profile: ModelProfile, cluster: Cluster, job: JobFacts) 
         f"{job.global_batch} samples a step" + (f" in {plan.microbatches} microbatches" * (plan.microbatches > 1)),
     ]
     lines += _stages(plan, profile)
+    said = splits_text({name: split.how for name, split in plan.splits.items()}, whole or {})
+    lines += [("" if number else "splits").ljust(10) + one for number, one in enumerate(said)]
     if plan.exact:
         lines.append(
             f"exact     the same bits on any number of ranks: {job.logical_shards} logical shards, one thread a rank"

@@ -43,10 +43,11 @@ class PlanReport(msgspec.Struct, frozen=True, kw_only=True):
     profile: ModelProfile
     cluster: Cluster
     facts: JobFacts
+    whole: dict[str, str] = {}  # what a tensor axis does not split, and why
 
     def text(self) -> str:
         """Several lines for a terminal."""
-        return explain(self.plan, self.profile, self.cluster, self.facts)
+        return explain(self.plan, self.profile, self.cluster, self.facts, self.whole)
 
     def _repr_html_(self) -> str:
         from shardwise.observe.html import plan_html
@@ -74,10 +75,12 @@ def plan(
     """What would happen here (or on the cluster of a file), and why. Raises SpecError, JobError, NoPlanFits."""
     fixed = parse_plan(plan or "")
     with closing(start.take()) as starter:
-        found = _look(starter, _source(job), _sets(sets, parameters), cuts=_cuts(fixed))
+        split = (plan or "") if build_plan(dict(fixed)).tensor > 1 else ""
+        found = _look(starter, _source(job), _sets(sets, parameters), cuts=_cuts(fixed), split=split)
         machines = files.load(cluster, Cluster) if cluster else discover(starter=starter)
     chosen = search(found.profile, machines, found.facts, fixed)
-    return PlanReport(plan=chosen, profile=found.profile, cluster=machines, facts=found.facts)
+    chosen = msgspec.structs.replace(chosen, splits=found.splits or chosen.splits)
+    return PlanReport(plan=chosen, profile=found.profile, cluster=machines, facts=found.facts, whole=found.whole)
 
 
 def train(
@@ -355,15 +358,21 @@ def _cuts(fixed: Mapping[str, Any]) -> bool:
 
 
 def _look(
-    starter: Starter | None, source: capture.JobSource, sets: Mapping[str, Any], *, cuts: bool, small: bool = False
+    starter: Starter | None,
+    source: capture.JobSource,
+    sets: Mapping[str, Any],
+    *,
+    cuts: bool,
+    small: bool = False,
+    split: str = "",
 ) -> Probe:
     """What the probing process finds of a job; in this process when there is no starter."""
     if starter is None:
-        return probe(source, sets, cuts=cuts, small=small)
+        return probe(source, sets, cuts=cuts, small=small, split=split)
     with tempfile.TemporaryDirectory(prefix="shardwise-") as scratch:
         out = Path(scratch) / "probe.json"
         told = {"source": msgspec.to_builtins(source), "sets": dict(sets), "out": str(out)}
-        told |= {"cuts": cuts, "small": small}
+        told |= {"cuts": cuts, "small": small, "split": split}
         _ended(run_ranks(starter, "shardwise.train.probe:entry", lambda rank: told, 1, logs=Path(scratch)))
         log = (Path(scratch) / "rank-0.log").read_text(errors="replace")
         sys.stdout.write(log)  # what the job file prints

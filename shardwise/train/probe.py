@@ -16,6 +16,7 @@ from shardwise.data.source import Prepared
 from shardwise.errors import JobError
 from shardwise.spec import files
 from shardwise.spec.job import JobFacts, TrainJob
+from shardwise.spec.plan import Split, build_plan, parse_plan
 from shardwise.spec.profile import ModelProfile
 from shardwise.train import capture
 
@@ -29,18 +30,25 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True):
     profile: ModelProfile
     data: dict[str, Any]
     seconds: float
+    splits: dict[str, Split] = {}  # over a tensor axis, where they were asked for
+    whole: dict[str, str] = {}  # what that leaves whole, and why
 
 
-def entry(*, source: dict[str, str], sets: dict[str, Any], out: str, cuts: bool, small: bool, **_: Any) -> None:
+def entry(
+    *, source: dict[str, str], sets: dict[str, Any], out: str, cuts: bool, small: bool, split: str, **_: Any
+) -> None:
     """Load the job, prepare its data, profile its model; write a Probe to `out`. Raises JobError or DataError."""
     from shardwise.train import context
 
     context.mark_launched()
-    files.save(probe(capture.JobSource(**source), sets, cuts=cuts, small=small), out)
+    files.save(probe(capture.JobSource(**source), sets, cuts=cuts, small=small, split=split), out)
 
 
-def probe(source: capture.JobSource, sets: Mapping[str, Any], *, cuts: bool = False, small: bool = False) -> Probe:
-    """What must be known of a job, or of its `small` copy; with `cuts` also where its model can be cut into stages."""
+def probe(
+    source: capture.JobSource, sets: Mapping[str, Any], *, cuts: bool = False, small: bool = False, split: str = ""
+) -> Probe:
+    """What must be known of a job, or of its `small` copy; with `cuts` also where its model can be cut into stages,
+    with the text of a plan to `split` for also what its tensor axis splits."""
     began = time.perf_counter()
     function = capture.load_function(source)
     parameters = capture.bind(function, sets)
@@ -49,7 +57,10 @@ def probe(source: capture.JobSource, sets: Mapping[str, Any], *, cuts: bool = Fa
         parameters = capture.bind(function, {**job.small, **sets})
         job = capture.build(function, parameters, folder=source.folder)
     profile, data = look(job, folder=source.folder, cuts=cuts, small=small)
+    splits, whole = _split(job, split, source.folder) if split else ({}, {})
     return Probe(
+        splits=splits,
+        whole=whole,
         parameters=parameters,
         sources=capture.local_sources(source),
         facts=facts(job),
@@ -57,6 +68,14 @@ def probe(source: capture.JobSource, sets: Mapping[str, Any], *, cuts: bool = Fa
         data=data,
         seconds=time.perf_counter() - began,
     )
+
+
+def _split(job: TrainJob, plan: str, folder: str) -> tuple[dict[str, Split], dict[str, str]]:
+    from shardwise.train.data import prepare
+    from shardwise.train.splits import found_splits
+
+    told = found_splits(job, build_plan(parse_plan(plan)), prepare(job), folder=folder)
+    return told.splits, told.whole
 
 
 def look(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Sequence, Sized
@@ -28,7 +27,8 @@ from shardwise.spec.layout import Box, Shape, boxes
 from shardwise.spec.plan import Plan
 from shardwise.train.memory import peak_bytes
 from shardwise.train.optimizers import Optimizers
-from shardwise.train.probe import example_of, profile_job
+from shardwise.train.probe import profile_job
+from shardwise.train.splits import split_here
 from shardwise.train.state import Saver, State
 from shardwise.train.timeline import recorded_steps, timed
 
@@ -41,7 +41,7 @@ class Trainer:
         if plan.pipeline > 1 and not plan.stages:
             plan = mesh.plan = cut_here(job, plan, prepared)
         if plan.tensor > 1:
-            plan = mesh.plan = split_here(job, plan, prepared)
+            plan = mesh.plan = split_here(job, plan, mesh, prepared)
         self.plan = plan
         self.mesh = mesh
         self.prepared = prepared
@@ -235,26 +235,13 @@ def cut_here(job: TrainJob, plan: Plan, prepared: Prepared) -> Plan:
     return with_stages(plan, profile, lambda stage, first, last: calls.forward_flops(first, last))
 
 
-def split_here(job: TrainJob, plan: Plan, prepared: Prepared) -> Plan:
-    """The plan with all its splits over the tensor axis, found from the model itself; the same on every rank."""
-    import torch
-
-    from shardwise.parallel.tensor.find import find_splits
-
-    torch.manual_seed(job.seed)
-    with user_code("model of the job"):
-        module = copy.deepcopy(job.model())  # it may be the user's own
-    found = find_splits(module, example_of(job, prepared), plan.tensor, forward=job.forward, asked=plan.splits)
-    return structs.replace(plan, splits=found.splits)
-
-
 def build_replica(job: TrainJob, plan: Plan, mesh: Mesh, *, scratch: Path | None = None) -> Replica:
     """The job's module, with one process's values, obeying the plan; `scratch` is a folder for what is offloaded."""
     import torch
 
     torch.manual_seed(job.seed)
     with user_code("model of the job"):
-        if plan.pipeline > 1 or built_by_rows(plan):
+        if plan.pipeline > 1 or plan.tensor > 1 or built_by_rows(plan):
             built = build_part(job.model, lambda name, shape: _part(name, shape, plan, mesh.rank))
         else:
             built = Built(job.model(), by_part=False)
@@ -273,8 +260,9 @@ def build_replica(job: TrainJob, plan: Plan, mesh: Mesh, *, scratch: Path | None
 
 
 def _part(name: str, shape: Shape, plan: Plan, rank: int) -> Sequence[Box]:
-    """What a rank builds of a parameter: all of what its stages have, and of that its rows where it keeps no more."""
-    cut = structs.replace(plan, splits={}, zero=plan.zero if built_by_rows(plan) else 1)
+    """What a rank builds of a parameter: its part of what its stages have, and of that its rows where it keeps no
+    more."""
+    cut = structs.replace(plan, zero=plan.zero if built_by_rows(plan) else 1)
     return boxes(f"model/{name}", shape, cut, rank)
 
 

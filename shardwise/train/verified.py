@@ -5,6 +5,7 @@ from __future__ import annotations
 from msgspec import Struct, structs
 
 from shardwise.errors import NoPlanFits, SpecError
+from shardwise.plan.splits import splits_text
 from shardwise.spec.job import JobFacts
 from shardwise.spec.plan import Plan
 
@@ -37,6 +38,8 @@ class Verified(Struct, frozen=True, kw_only=True):
     parameters: Difference
     buffers: Difference
     cause: str = ""
+    splits: dict[str, str] = {}  # over the tensor axis: how
+    whole: dict[str, str] = {}  # and why not
 
     @property
     def same(self) -> bool:
@@ -47,6 +50,7 @@ class Verified(Struct, frozen=True, kw_only=True):
         """Several lines for a terminal."""
         lines = [f"{self.ran} on {self.ranks} rank(s) against one, {self.steps} steps in float64 (asked: {self.asked})"]
         lines += [f"  a model of {self.blocks} blocks"] if self.blocks else []
+        lines += [f"  {said}" for said in splits_text(self.splits, self.whole)]
         for name in ("outputs", "loss", "gradients", "parameters", "buffers"):
             found: Difference = getattr(self, name)
             much = "is not a number" if found.error is None else f"at most {found.error:.1e}"

@@ -33,8 +33,9 @@ from shardwise.train import capture, context
 from shardwise.train.data import prepare
 from shardwise.train.optimizers import Optimizers
 from shardwise.train.probe import example_of
-from shardwise.train.run import build_replica, split_here
+from shardwise.train.run import build_replica
 from shardwise.train.small import depth, shallow, shorter
+from shardwise.train.splits import agreed_splits
 from shardwise.train.verified import TOLERANCE, Difference, Verified
 from shardwise.train.worker import JOIN_LIMIT_S, closing
 
@@ -54,7 +55,9 @@ def entry(*, rank: int, world: int, port: int, listen_fd: int | None, told: dict
     mesh = connect(plan, rank=rank, world=world, store=store)
     with closing(mesh):
         if plan.tensor > 1:
-            plan = mesh.plan = split_here(job, plan, prepared)
+            splits = agreed_splits(job, plan, mesh, prepared)
+            plan = mesh.plan = structs.replace(plan, splits=splits.splits)
+            told = {**told, "splits": splits.hows, "whole": splits.whole}
         losses, tensors = _train(job, plan, mesh, prepared, steps)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"{rank}.safetensors")
         if world > 1:
@@ -99,6 +102,8 @@ def _compare(
         gradients=gradients,
         parameters=parameters,
         buffers=buffers,
+        splits=told.get("splits", {}),
+        whole=told.get("whole", {}),
         cause=_cause(outputs, loss, gradients, parameters, buffers, reference, found, plan),
     )
 

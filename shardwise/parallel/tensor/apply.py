@@ -14,6 +14,7 @@ from shardwise.comm.mesh import Mesh
 from shardwise.errors import SpecError
 from shardwise.models.blocks import find_blocks, owner
 from shardwise.parallel.sharded import refuse_unlike_by_rows
+from shardwise.parallel.stage import stand_in
 from shardwise.parallel.tensor.crossing import GroupCrossing
 from shardwise.parallel.tensor.experts import Mixture
 from shardwise.parallel.tensor.find import configurations
@@ -21,6 +22,7 @@ from shardwise.parallel.tensor.links import GroupLinks, gathered
 from shardwise.parallel.tensor.mixed import in_expert, opened, planned
 from shardwise.parallel.tensor.propose import Owned, owned_under
 from shardwise.parallel.tensor.unit import Unit
+from shardwise.parallel.ties import kept
 from shardwise.spec.layout import split_of
 from shardwise.spec.plan import Plan
 
@@ -45,7 +47,7 @@ class Tensors:
         self._caches = [c for c in {id(c): c for c in configurations(module)}.values() if getattr(c, "use_cache", 0)]
         for config in self._caches:
             config.use_cache = False
-        self._cut()
+        self._cut(set(kept(module, plan, mesh.rank)))
         mixtures = planned(module, self.owned, [name for name in self.owned if _how(name, plan) == "experts"])
         self.units: list[Unit | Mixture] = [
             *_units(module, self.owned, plan, self.links, {name: one.experts for name, one in mixtures.items()}),
@@ -92,11 +94,16 @@ class Tensors:
         total = float(row.sum())
         return math.sqrt(total) if total >= 0 else total  # nan stays nan
 
-    def _cut(self) -> None:
+    def _cut(self, here: Collection[str]) -> None:
+        """What other stages have takes no memory."""
+
+        def nothing(like: Tensor, shape: torch.Size) -> Tensor:
+            return stand_in(shape, like.dtype, like.device)
+
         for name, p in self.module.named_parameters():
             if name in self.owned:
-                one = self.owned[name]
-                p.data = self.links.take(p.data, one.dim, one.ids).clone(memory_format=torch.contiguous_format)
+                part = self.links.take(p.data if name in here else nothing(p, p.shape), *self.owned[name])
+                p.data = part.clone(memory_format=torch.contiguous_format) if name in here else nothing(p, part.shape)
                 p.grad = None
 
 

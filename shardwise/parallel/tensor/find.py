@@ -8,22 +8,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from shardwise.errors import JobError, SpecError
 from shardwise.models.blocks import find_blocks, num_parameters, owner
 from shardwise.models.inputs import call
-from shardwise.parallel.tensor.atoms import parts_of
-from shardwise.parallel.tensor.capture import Captured, capture
+from shardwise.parallel.tensor.atoms import Ids, parts_of
+from shardwise.parallel.tensor.capture import PLAIN, Captured, capture
 from shardwise.parallel.tensor.guards import python_draws
 from shardwise.parallel.tensor.mixed import in_expert, opened
 from shardwise.parallel.tensor.mixture_proof import Mixed, Unfit
-from shardwise.parallel.tensor.mixtures import find_mixture, widened
+from shardwise.parallel.tensor.mixtures import find_mixture, may_be_mixture, widened
 from shardwise.parallel.tensor.propose import Owned, Proposal, Refused, owned_under, propose
 from shardwise.parallel.tensor.prove import TOLERANCE, difference
 from shardwise.spec.layout import split_of
@@ -31,7 +31,10 @@ from shardwise.spec.plan import DIMENSIONS, Plan, Split
 
 LARGE = 0.01  # of all parameters: a smaller table is not worth a collective
 FEW = 0.25  # of the largest table's rows: so is one with fewer (positions, kinds)
+ROWS = 128  # a rank's, of a table in the proof: its rows are alike
 Forward = Callable[[nn.Module, Any], Any]
+Values = Callable[[str, Tensor], Tensor]
+One = TypeVar("One")
 
 
 class Found(NamedTuple):
@@ -55,14 +58,18 @@ def find_splits(
     *,
     forward: Forward | None = None,
     asked: Mapping[str, Split] | None = None,
+    values: Values | None = None,
 ) -> Found:
     """How `module`, run on a small `batch`, is split over `ranks`; only what has been proven is.
 
-    The module runs once, and is left as it was. `asked` are splits that the user has fixed. Raises JobError where
-    nothing can be split, SpecError for a split that was asked for and changes what the model computes.
+    The module runs once, and is left as it was. `asked` are splits that the user has fixed. `values(name, parameter)`
+    gives the values of a parameter where the module has none in memory: then those of one operation, or of one kind
+    of block, are there at a time. Raises JobError where nothing can be split, SpecError for a split that was asked for
+    and changes what the model computes.
     """
-    seen = _run(module, batch, forward)
-    search = _Search(module, seen, ranks, widened(module, asked or {}))
+    values = values or (lambda name, parameter: parameter.detach())
+    seen = _run(module, batch, forward, values)
+    search = _Search(module, seen, ranks, widened(module, asked or {}), values)
     owned = search.all()
     if not owned:
         why = "; ".join(dict.fromkeys(search.whole.values())) or "it has no blocks with linear layers"
@@ -72,12 +79,12 @@ def find_splits(
         )
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
     kinds = {name: _split(name, cut, ranks, search) for name, cut in owned.items()}
-    return Found(_patterns(kinds, list(shapes)), {n: why for n, why in search.whole.items() if n not in owned})
+    return Found(patterned(kinds, list(shapes)), {n: why for n, why in search.whole.items() if n not in owned})
 
 
 class _Search:
-    def __init__(self, module: nn.Module, seen: Seen, ranks: int, asked: Mapping[str, Split]) -> None:
-        self.module, self.seen, self.ranks = module, seen, ranks
+    def __init__(self, module: nn.Module, seen: Seen, ranks: int, asked: Mapping[str, Split], values: Values) -> None:
+        self.module, self.seen, self.ranks, self.values = module, seen, ranks, values
         self.asked, self.asked_whole = asked_of(module, asked, ranks)
         plan = Plan(tensor=ranks, splits=dict(asked))
         experts = {name for name in self.asked if (split := split_of(name, plan)) and split.how == "experts"}
@@ -94,6 +101,8 @@ class _Search:
         self.named = {name: split.how for name, split in asked.items() if name in DIMENSIONS}
         self.dimensions: dict[str, str] = {}  # parameter -> which of `DIMENSIONS` is cut
         self._proven: dict[Any, Proposal] = {}
+        self._reasons: dict[Any, dict[str, str]] = {}  # of the same, why the others are whole
+        self._captures: dict[str, Captured | None] = {}
         self._mixed: dict[Any, Mixed | Unfit | None] = {}
 
     def all(self) -> dict[str, Owned]:
@@ -153,17 +162,22 @@ class _Search:
         key = (name, keep)
         if key not in self._mixed:
             asked = {n: self.asked_experts[outer] for n, outer in inside.items() if outer in self.asked_experts}
-            args, kwargs = self.seen.calls[name]
-            part = self.module.get_submodule(name)
-            try:
-                with without_cache(part):
-                    self._mixed[key] = find_mixture(part, args, kwargs, self.ranks, keep=keep, asked=asked)
-            except Unfit as why_not:
-                self._mixed[key] = why_not
+            self._mixed[key] = self._find_mixture(name, keep, asked)
         found = self._mixed[key]
         if isinstance(found, Unfit):
             self.whole |= {inside[n]: str(found) for n in found.names}
         return found
+
+    def _find_mixture(self, name: str, keep: frozenset[str], asked: Mapping[str, Ids]) -> Mixed | Unfit | None:
+        part = self.module.get_submodule(name)
+        if not may_be_mixture(part, self.ranks, keep):
+            return None
+        twin, args, kwargs = self._twin(name, None)
+        try:
+            with without_cache(part):
+                return find_mixture(twin, args, kwargs, self.ranks, keep=keep, asked=asked)
+        except Unfit as why_not:
+            return why_not
 
     def _experts(self) -> dict[str, dict[str, int]]:
         return {name: mixed.experts for name, mixed in self.mixtures.items()}
@@ -241,16 +255,15 @@ class _Search:
         return parameter.numel() >= LARGE * self.total and parameter.shape[0] >= self.ranks
 
     def _captured(self, name: str) -> Captured | None:
-        args, kwargs = self.seen.calls[name]
-        return capture(self.module.get_submodule(name), args, kwargs)
+        if name not in self._captures:
+            args, kwargs = self.seen.calls[name]
+            self._captures[name] = capture(self.module.get_submodule(name), args, kwargs)
+        return self._captures[name]
 
     def _of(self, name: str) -> dict[str, Owned]:
         """The proven cuts of one module, by the names of the whole model."""
-        module = self.module.get_submodule(name)
-        twin = copy.deepcopy(module).double()
-        args, kwargs = tree_map(_double, self.seen.calls[name])
-        captured = capture(twin, args, kwargs)
-        inside = {n: self.names[id(p)] for n, p in module.named_parameters()}
+        captured = self._captured(name)
+        inside = {n: self.names[id(p)] for n, p in self.module.get_submodule(name).named_parameters()}
         if captured is None:
             self.whole |= dict.fromkeys(inside.values(), "its code looks at numbers")
             return {}
@@ -258,38 +271,75 @@ class _Search:
         forced = {n: self.asked[outer] for n, outer in inside.items() if outer in self.asked}
         key = (_text(captured), keep, str(forced))
         if key not in self._proven:
-            self._proven[key] = self._prove(twin, args, kwargs, captured, keep, inside, forced)
+            self._proven[key] = self._prove(name, captured, keep, inside, forced)
+            self._reasons[key] = {n: self.whole[outer] for n, outer in inside.items() if outer in self.whole}
         proven = self._proven[key]
+        self.whole |= {inside[n]: why for n, why in self._reasons[key].items()}
         self.dimensions |= {inside[n]: dimension for n, dimension in proven.dimensions.items()}
         return {inside[n]: cut for n, cut in proven.owned.items()}
 
     def _prove(
-        self,
-        twin: nn.Module,
-        args: Any,
-        kwargs: Any,
-        captured: Captured,
-        keep: frozenset[str],
-        inside: dict[str, str],
-        forced: dict[str, Owned],
+        self, name: str, captured: Captured, keep: frozenset[str], inside: dict[str, str], forced: dict[str, Owned]
     ) -> Proposal:
-        rows = {f"{n}.weight".lstrip(".") for n, m in twin.named_modules() if isinstance(m, nn.Embedding)}
+        module = self.module.get_submodule(name)
+        rows = {f"{n}.weight".lstrip(".") for n, m in module.named_modules() if isinstance(m, nn.Embedding)}
         candidates = {n for n, outer in inside.items() if outer in self.tables or n not in rows or n in forced}
+
+        def proposed(captured: Captured) -> Proposal:
+            return propose(captured, self.ranks, candidates=candidates, keep=keep, forced=forced)
+
         try:
-            proposal = propose(captured, self.ranks, candidates=candidates, keep=keep, forced=forced)
+            proposal = proposed(captured)
+            self.whole |= {inside[n]: why for n, why in proposal.whole.items()}
+            if not proposal.owned:
+                return proposal
+            few = self._few_rows(module) if not forced and self.tables.issuperset(inside.values()) else None
+            twin, args, kwargs = self._twin(name, few)
+            again = capture(twin, args, kwargs)
+            if again is None:
+                self.whole |= dict.fromkeys((inside[n] for n in proposal.owned), "its code does not run in float64")
+                return Proposal({}, {})
+            owned = proposed(again).owned if few else proposal.owned
         except Refused as why_not:
             raise refused(f"'{inside[why_not.name]}': {why_not}") from None
-        self.whole |= {inside[n]: why for n, why in proposal.whole.items()}
-        if not proposal.owned:
-            return proposal
-        gap, where = difference(twin, args, kwargs, captured, proposal.owned, self.ranks)
-        if gap <= TOLERANCE:
+        gap, where = difference(twin, args, kwargs, again, owned, self.ranks)
+        alike = [(n, one.dim) for n, one in owned.items()] == [(n, one.dim) for n, one in proposal.owned.items()]
+        if gap <= TOLERANCE and alike:
             return proposal
         why = f"split, its {where} differs by {gap:.1e}"
         if forced:
             raise refused(f"'{inside[next(iter(forced))]}': {why}")
         self.whole |= dict.fromkeys((inside[n] for n in proposal.owned), why)
         return Proposal({}, {})
+
+    def _few_rows(self, module: nn.Module) -> int | None:
+        """How many rows of a table or of what scores it are enough for the proof, if not all."""
+        kinds = {name for name, _ in module.named_parameters()}
+        count = module.weight.shape[0] if kinds <= {"weight", "bias"} and isinstance(module.weight, Tensor) else 0
+        few = ROWS * self.ranks + count % self.ranks
+        return few if count > few else None
+
+    def _twin(self, name: str, few: int | None) -> tuple[nn.Module, Any, Any]:
+        """A copy of one module and of the arguments of its call in float64, with `few` rows of a table."""
+        module = self.module.get_submodule(name)
+        memo: dict[int, Any] = {}
+        for p in module.parameters():
+            made = self.values(self.names[id(p)], p)
+            made = made if few is None else made[:few]
+            memo[id(p)] = nn.Parameter(made.double(), requires_grad=p.requires_grad)
+        twin = copy.deepcopy(module, memo)
+        for part in twin.modules():
+            part._buffers = {n: _double(b) for n, b in part._buffers.items()}
+        args, kwargs = tree_map(_double, self.seen.calls[name])
+        if few is not None:
+            for size in ("num_embeddings", "out_features"):
+                if hasattr(twin, size):
+                    setattr(twin, size, few)
+            if (padding := getattr(twin, "padding_idx", None)) is not None:
+                twin.padding_idx = min(padding, few - 1)
+            if isinstance(module, nn.Embedding):
+                args, kwargs = tree_map(lambda leaf: leaf % few if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        return twin, args, kwargs
 
     def _covered(self, parameter: str, units: set[str]) -> bool:
         """Whether every use of a parameter is in a module that is run split."""
@@ -320,29 +370,44 @@ def refused(why: str) -> SpecError:
 
 
 class _Uses(TorchFunctionMode):
-    """Notes in which modules each parameter is an operand."""
+    """Notes in which modules each parameter is an operand, and puts its values in its place."""
 
-    def __init__(self, names: Mapping[int, str]) -> None:
+    def __init__(self, names: Mapping[int, str], values: Values) -> None:
         super().__init__()
-        self.names, self.stack = names, [""]
+        self.names, self.values, self.stack = names, values, [""]
         self.users: dict[str, set[tuple[str, ...]]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") != "__get__" or isinstance(found, Tensor):  # its shape is no use, `.T` is
-            for leaf in tree_leaves((args, kwargs)):
-                if isinstance(leaf, nn.Parameter) and id(leaf) in self.names:
-                    self.users.setdefault(self.names[id(leaf)], set()).add(tuple(self.stack))
-        return found
+        if getattr(func, "__name__", "") in ("__get__", "__set__"):  # its shape is no use, `.T` is
+            found = func(*args, **(kwargs or {}))
+            if not isinstance(found, Tensor):
+                return found
+        args, kwargs = tree_map(self._used, (args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+    def _used(self, leaf: Any) -> Any:
+        if not isinstance(leaf, nn.Parameter) or id(leaf) not in self.names:
+            return leaf
+        name = self.names[id(leaf)]
+        self.users.setdefault(name, set()).add(tuple(self.stack))
+        return self.values(name, leaf)
 
 
-def _run(module: nn.Module, batch: Any, forward: Forward | None) -> Seen:
+def _run(module: nn.Module, batch: Any, forward: Forward | None, values: Values) -> Seen:
+    """What alike modules are called with is kept once: the first call's stands for the others'."""
     calls: dict[str, tuple[Any, Any]] = {}
-    uses = _Uses({id(p): name for name, p in module.named_parameters()})
+    kinds: dict[Any, tuple[Any, Any]] = {}
+    uses = _Uses({id(p): name for name, p in module.named_parameters()}, values)
 
-    def enter(name: str, _: nn.Module, args: Any, kwargs: Any) -> None:
+    def enter(name: str, part: nn.Module, args: Any, kwargs: Any) -> None:
         uses.stack.append(name)
-        calls.setdefault(name, tree_map(_kept, (args, kwargs)))
+        if name not in calls:
+            leaves, tree = tree_flatten((args, kwargs))
+            sizes = tuple(p.shape for p in part.parameters())  # one table's indices need not be in another
+            kind = (type(part), sizes, str(tree), *map(_kind, leaves))
+            if kind not in kinds:
+                kinds[kind] = tree_map(_kept, (args, kwargs))
+            calls[name] = kinds[kind]
 
     def leave(name: str, *_: Any) -> None:
         uses.stack.pop()
@@ -390,6 +455,10 @@ def _kept(leaf: Any) -> Any:
     return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
+def _kind(leaf: Any) -> Any:
+    return (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf if isinstance(leaf, PLAIN) else id(leaf)
+
+
 def _double(leaf: Any) -> Any:
     return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
@@ -408,9 +477,9 @@ def _split(name: str, cut: Owned, ranks: int, search: _Search) -> Split:
     return Split(how=how, parts=() if equal else parts_of(cut.ids, ranks))  # type: ignore[arg-type]
 
 
-def _patterns(splits: Mapping[str, Split], names: Sequence[str]) -> dict[str, Split]:
+def patterned(splits: Mapping[str, One], names: Sequence[str]) -> dict[str, One]:
     """The same with blocks' numbers as `*` (else the first of them), where that says the same of every parameter."""
-    short: dict[str, Split] = {}
+    short: dict[str, One] = {}
     for name, split in splits.items():
         for most in range(name.count("."), -1, -1):
             pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name, count=most) if most else name

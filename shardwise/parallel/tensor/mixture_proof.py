@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -82,24 +81,21 @@ def copied(given: Any) -> Any:
 
 
 class Proof:
-    """Runs a module whole and by ranks, on what it was called with and on other numbers."""
+    """Runs a module in float64, nobody else's, whole and by ranks, on what it was called with and on other numbers."""
 
     def __init__(self, module: nn.Module, args: Any, kwargs: Any, ranks: int) -> None:
         leaves, tree = tree_flatten((args, kwargs))
         if not all(isinstance(leaf, (Tensor, *PLAIN)) for leaf in leaves):
             raise Unfit("its mixture is given what is neither a tensor nor plain")
         self.ranks = ranks
-        self.module = copy.deepcopy(module).double()
-        for p in self.module.parameters():
-            p.data = p.data.contiguous()
-        doubled = [leaf.double() if _floats(leaf) else leaf for leaf in leaves]
+        self.module = module
         chance = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for p in self.module.parameters():
-                if p.numel() > 1 and bool((p == p.flatten()[0]).all()):  # what is all zero shows nothing
-                    p.add_(0.1 * _random(p, chance))
-        others = [_random(leaf, chance) if _floats(leaf) else leaf for leaf in doubled]
-        self.given = [tree_unflatten(doubled, tree), tree_unflatten(others, tree)]
+        for p in module.parameters():
+            p.data = p.data.contiguous()
+            if p.numel() > 1 and bool((p == p.flatten()[0]).all()):  # what is all zero shows nothing
+                p.data = p.data + 0.1 * _random(p, chance)
+        others = [_random(leaf, chance) if _floats(leaf) else leaf for leaf in leaves]
+        self.given = [(args, kwargs), tree_unflatten(others, tree)]
 
     def of(self, tables: dict[str, Owned], experts: dict[str, int]) -> Mixed:
         """The mixture with these cut. Raises Unfit where it does not compute the same."""

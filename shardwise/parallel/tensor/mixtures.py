@@ -76,6 +76,11 @@ def _some(module: nn.Module) -> bool:
     return any(p.dim() > 1 for p in module.parameters())
 
 
+def may_be_mixture(module: nn.Module, ranks: int, keep: Collection[str] = ()) -> bool:
+    """Whether it looks like one, before anything is run."""
+    return bool(tables_of(module, ranks, keep)) or any(True for _ in lists_of(module, ranks))
+
+
 def find_mixture(
     module: nn.Module,
     args: Any,
@@ -87,8 +92,8 @@ def find_mixture(
 ) -> Mixed | None:
     """The proven split of a module's experts over `ranks`, where it has any; parameters in `keep` stay whole.
 
-    `asked` are names in the module -> the ranks of the rows (or none, for any). Raises Unfit where it looks like a
-    mixture and cannot be split.
+    The module, and what it is called with, are in float64 and nobody else's. `asked` are names in the module -> the
+    ranks of the rows (or none, for any). Raises Unfit where it looks like a mixture and cannot be split.
     """
     asked = asked or {}
     names = tables_of(module, ranks, keep)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from shardwise.models.partial import copy_without_memory
 from shardwise.parallel.tensor.atoms import Ids, spans
 from shardwise.parallel.tensor.capture import Captured
 from shardwise.parallel.tensor.links import narrowed
@@ -114,7 +114,7 @@ def difference(
         torch.manual_seed(0)
         expected = run_whole(module, args, kwargs)
         torch.manual_seed(0)
-        ours = {name: tensor.detach().clone().requires_grad_(tensor.requires_grad) for name, tensor in state.items()}
+        ours = {n: t.detach().requires_grad_() if t.requires_grad else t.detach().clone() for n, t in state.items()}
         tensors = [as_leaf(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
         handed = [tensor.clone() for tensor in tensors]
         held = [[part(t, *owned[n], rank) if n in owned else t for n, t in ours.items()] for rank in range(ranks)]
@@ -136,7 +136,7 @@ def as_leaf(tensor: Tensor) -> Tensor:
 
 def run_whole(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Tensor]:
     """Outputs, gradients and buffers of a call of a copy of the module."""
-    twin = copy.deepcopy(module)
+    twin = copy_without_memory(module)
     leaves, tree = tree_flatten((args, kwargs))
     tensors = [as_leaf(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
     handed = [tensor.clone() for tensor in tensors]  # what is no leaf may be written into
