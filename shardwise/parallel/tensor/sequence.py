@@ -25,7 +25,7 @@ from shardwise.parallel.tensor.program import Plan, steps
 from shardwise.parallel.tensor.propose import Owned
 from shardwise.parallel.tensor.step import Step, View, is_cut, shape
 
-LOCAL_GAIN = 0.25  # what a number that one rank alone computes and keeps is worth, in numbers sent
+LOCAL_GAIN = 1.0  # what a number that one rank alone computes and keeps is worth, in numbers sent
 MASKED = ("dropout", "scaled_dot_product_attention")  # draws of which a rank can take its part
 
 
