@@ -17,6 +17,8 @@ from shardwise.parallel.sharded import refuse_unlike_by_rows
 from shardwise.parallel.tensor.find import configurations
 from shardwise.parallel.tensor.links import GroupLinks, gathered
 from shardwise.parallel.tensor.propose import Owned, owned_under
+from shardwise.parallel.tensor.sequence_unit import SequenceUnit
+from shardwise.parallel.tensor.shares import SequenceLinks
 from shardwise.parallel.tensor.unit import Unit
 from shardwise.spec.layout import split_of
 from shardwise.spec.plan import Plan
@@ -29,7 +31,7 @@ class Tensors:
         group = mesh.axis("tensor").group
         assert group is not None
         self.group, self.module = group, module
-        self.links = GroupLinks(group)
+        self.links = SequenceLinks(group) if plan.sequence else GroupLinks(group)
         self.shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
         self.owned = owned_under(self.shapes, plan)
         self._device = mesh.device
@@ -103,23 +105,20 @@ def _units(module: nn.Module, cut: Mapping[str, Owned], plan: Plan, links: Group
             split = split_of(name, plan)
             table = split is not None and split.how == "vocabulary"
             layers[alias.rpartition(".")[0]] = table
-    units = []
+    units: list[Unit] = []
     called = dict(module.named_modules())  # each once, under its first name
     tables = [layer for layer, table in layers.items() if table and layer in called and not called[layer]._modules]
     others = [name for name, table in layers.items() if not table]
-    for top in (*_tops(list(find_blocks(module)), others, called), *tables):
+    blocks = list(find_blocks(module))
+    for top in (*_tops(blocks, others, called), *tables):
         part = module.get_submodule(top)
         inside = {inner: names[id(p)] for inner, p in part.named_parameters()}
         mine = {inner: cut[name] for inner, name in inside.items() if name in cut}
-        units.append(
-            Unit(
-                part,
-                mine,
-                {inner: _whole(p, mine.get(inner)) for inner, p in part.named_parameters()},
-                links,
-                scores=top in tables,
-            )
-        )
+        whole = {inner: _whole(p, mine.get(inner)) for inner, p in part.named_parameters()}
+        if isinstance(links, SequenceLinks) and top not in tables:
+            units.append(SequenceUnit(part, mine, whole, links, hands=top in blocks))
+        else:
+            units.append(Unit(part, mine, whole, links, scores=top in tables))
     return units
 
 

@@ -46,10 +46,11 @@ class Plan(NamedTuple):
 
 class Program(NamedTuple):
     """`graph` takes the links, the parameters and buffers, and the tensors of the call. `cut` are the outputs that it
-    leaves cut, if it was told so."""
+    leaves cut, if it was told so, and `parts` the tensors of the call that come cut."""
 
     graph: fx.Graph
     cut: dict[int, Cut]
+    parts: frozenset[int] = frozenset()
 
 
 def steps(captured: Captured, owned: Mapping[str, Owned], ranks: int) -> Plan:
@@ -138,7 +139,7 @@ class Builder:
         return self._method("total", (terms, *addend), SUM)
 
     def _forget(self) -> None:
-        """What was handed out before an operation wrote is not what it left; before a mode, it may have no gradients."""
+        """What was handed out before an operation wrote is not what it left, or before a mode, without gradients."""
         self.entered.clear()
         self.taken.clear()
 

@@ -130,8 +130,9 @@ class _Walk:
         self.parameters = dict(zip(captured.inputs, captured.names, strict=False))
         self.owned = {node: owned[name] for node, name in self.parameters.items() if name in owned}
         alike = [node for node in _activations(captured) if shape(node) == hidden.shape and node not in given]
-        self.begun = {node: hidden.cut for node in alike if node.meta["val"].is_floating_point()}
         self.groups = written(captured.graph)  # what is written into, with what shares its storage
+        alike = [node for node in alike if not any(node in group for group in self.groups)]
+        self.begun = {node: hidden.cut for node in alike if node.meta["val"].is_floating_point()}
 
     def plan(self, cuts: Mapping[fx.Node, Cut | None]) -> Plan:
         """The steps with sums cut as `cuts` says. What is written into is cut with all that shares its storage, or
@@ -169,13 +170,13 @@ class _Walk:
         mine = tuple(one for one in node.all_input_nodes if one in sequence)
         if not mine:
             return step_of(view, node)
-        if node not in held and self._may(view, node):
+        if node not in held and not _draws(node):
             try:
                 step = step_of(view, node)
             except Conflict:
                 pass
             else:
-                if is_cut(step.out) and not step.reduce:
+                if is_cut(step.out) and not step.reduce and not any(map(self._matrix, _entering(view, node, step))):
                     return step._replace(sequence=True)
         states = {one: view.states.pop(one) for one in mine}
         try:
@@ -183,22 +184,26 @@ class _Walk:
         finally:
             view.states.update(states)
 
-    def _may(self, view: View, node: fx.Node) -> bool:
-        """Draws need a mask that is cut, and a matrix's gradient would be exchanged."""
-        name = str(getattr(node.target, "_opname", ""))
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and name not in MASKED:
-            return False
-        return not any(self._matrix(view, one) for one in node.all_input_nodes)
-
-    def _matrix(self, view: View, node: fx.Node) -> bool:
-        value = node.meta.get("val")
-        if node not in self.parameters or not isinstance(value, torch.Tensor) or is_cut(view.state(node)):
-            return False
-        return value.requires_grad and sum(size > 1 for size in value.shape) > 1
+    def _matrix(self, node: fx.Node) -> bool:
+        """Whether it is a parameter whose gradient is too large to be exchanged."""
+        return node in self.parameters and sum(size > 1 for size in shape(node)) > 1
 
     def cost(self, plan: Plan, leave: bool) -> float:
         """Numbers sent, forward and backward, less what is gained by what is cut."""
         return sum(_Costs(plan, leave).each(self.captured))
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether it draws random numbers of which a rank cannot take its part."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    return writes(node) or getattr(node.target, "_opname", "") not in MASKED
+
+
+def _entering(view: View, node: fx.Node, step: Step) -> Iterator[fx.Node]:
+    """The operands that every rank needs all of."""
+    given = (one for one in node.all_input_nodes if isinstance(one.meta.get("val"), torch.Tensor))
+    yield from (one for one in given if one not in step.wants and not is_cut(view.state(one)))
 
 
 class _Costs:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-
 from typing import Any
 
 from torch import Tensor, fx
@@ -60,6 +59,8 @@ class SequenceBuilder(Builder):
     def _forget(self) -> None:
         super()._forget()
         self.whole = {node: known for node, known in self.whole.items() if node in self.plan.begun}
+        for node in self.plan.begun:
+            self.values.pop(node, None)
 
     def _whole(self, node: fx.Node) -> fx.Node:
         if node not in self.plan.sequence or not isinstance(self.plan.states.get(node), Cut):
@@ -133,7 +134,9 @@ class SequenceBuilder(Builder):
         found = self._method("scatter", (terms, share_of(step.out, self.ranks)), SCATTER)
         if step.addend is None:
             return found
-        return self._role(self.graph.call_function(plus, (found, self._addend(step.addend, node, step.out))), local=True)
+        return self._role(
+            self.graph.call_function(plus, (found, self._addend(step.addend, node, step.out))), local=True
+        )
 
     def _addend(self, node: fx.Node, total: fx.Node, cut: Cut) -> fx.Node:
         """What is added to a part of the sum `total`."""

@@ -4,8 +4,8 @@
     split:   a whole value  -> its parts           and back: merge
 
 `gather` and `merge` both put parts together. What is gathered goes into each rank's own computations, so its gradients
-are summed; what is merged is computed with alike on all ranks, so its gradient is there already. The backward of each is
-its partner, which makes gradients of gradients right too.
+are summed; what is merged is computed with alike on all ranks, so its gradient is there already. The backward of each
+is its partner, which makes gradients of gradients right too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from shardwise.comm.group import Group
-from shardwise.parallel.tensor.atoms import Cut, Span, spans
+from shardwise.parallel.tensor.atoms import Cut, Ids, Span, spans
 from shardwise.parallel.tensor.links import GroupLinks, narrowed
 
 
@@ -61,6 +61,10 @@ class SequenceLinks(GroupLinks):
         """The whole of the ranks' parts, for what all ranks compute alike."""
         found: Tensor = _Merge.apply(x, share, self.group)
         return found
+
+    def join(self, x: Tensor, dim: int, ids: Ids) -> Tensor:
+        """The same as `merge`."""
+        return self.merge(x, share_of(Cut(dim, ids), self.ranks))
 
     def enter_all(self, *given: Tensor) -> tuple[Tensor, ...]:
         """Each of them, whose gradients are the sums over the ranks: one exchange for all."""
@@ -156,7 +160,7 @@ def _orders(share: Share, device: torch.device) -> tuple[Tensor, Tensor] | None:
     most = max(share.rows)
     if all(each == ((rank * most, (rank + 1) * most),) for rank, each in enumerate(share.held)):
         return None
-    order = torch.zeros(len(share.held) * most, dtype=torch.int64)  # what pads is read from anywhere, and read by nobody
+    order = torch.zeros(len(share.held) * most, dtype=torch.int64)  # nobody reads what pads
     places = torch.empty(sum(share.rows), dtype=torch.int64)
     for rank, each in enumerate(share.held):
         mine = torch.tensor([index for first, stop in each for index in range(first, stop)], dtype=torch.int64)
