@@ -75,7 +75,7 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     context: int = 1
     expert: int = 1
     zero: int = 3
-    sequence: bool = False
+    sequence: bool = False  # activations between split layers are cut over the tensor axis too
     splits: dict[str, Split] = field(default_factory=dict)
     blocks: tuple[str, ...] = ()
     stages: tuple[Stage, ...] = ()

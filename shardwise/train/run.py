@@ -244,7 +244,8 @@ def split_here(job: TrainJob, plan: Plan, prepared: Prepared) -> Plan:
     torch.manual_seed(job.seed)
     with user_code("model of the job"):
         module = copy.deepcopy(job.model())  # it may be the user's own
-    found = find_splits(module, example_of(job, prepared), plan.tensor, forward=job.forward, asked=plan.splits)
+    example = example_of(job, prepared)
+    found = find_splits(module, example, plan.tensor, forward=job.forward, asked=plan.splits, sequence=plan.sequence)
     return structs.replace(plan, splits=found.splits)
 
 

@@ -26,6 +26,7 @@ from shardwise.parallel.tensor.prove import TOLERANCE, difference
 from shardwise.spec.layout import split_of
 from shardwise.spec.plan import Plan, Split
 
+ROUNDED = 1e-6  # what norms that compute in float32 add up in another order
 LARGE = 0.01  # of all parameters: a smaller table is not worth a collective
 FEW = 0.25  # of the largest table's rows: so is one with fewer (positions, kinds)
 Forward = Callable[[nn.Module, Any], Any]
@@ -52,14 +53,16 @@ def find_splits(
     *,
     forward: Forward | None = None,
     asked: Mapping[str, Split] | None = None,
+    sequence: bool = False,
 ) -> Found:
     """How `module`, run on a small `batch`, is split over `ranks`; only what has been proven is.
 
     The module runs once, and is left as it was. `asked` are splits that the user has fixed. Raises JobError where
-    nothing can be split, SpecError for a split that was asked for and changes what the model computes.
+    nothing can be split, SpecError for a split that was asked for and changes what the model computes, and where
+    `sequence` (activations cut along the sequence too) does.
     """
     seen = _run(module, batch, forward)
-    search = _Search(module, seen, ranks, asked or {})
+    search = _Search(module, seen, ranks, asked or {}, sequence=sequence)
     owned = search.all()
     if not owned:
         why = "; ".join(dict.fromkeys(search.whole.values())) or "it has no blocks with linear layers"
@@ -73,8 +76,10 @@ def find_splits(
 
 
 class _Search:
-    def __init__(self, module: nn.Module, seen: Seen, ranks: int, asked: Mapping[str, Split]) -> None:
-        self.module, self.seen, self.ranks = module, seen, ranks
+    def __init__(
+        self, module: nn.Module, seen: Seen, ranks: int, asked: Mapping[str, Split], *, sequence: bool
+    ) -> None:
+        self.module, self.seen, self.ranks, self.sequence = module, seen, ranks, sequence
         self.asked, self.asked_whole = asked_of(module, asked, ranks)
         self.names = {id(p): name for name, p in module.named_parameters()}
         self.total = num_parameters([module])
@@ -202,6 +207,8 @@ class _Search:
             return {}
         gap, where = difference(twin, args, kwargs, captured, proposal.owned, self.ranks)
         if gap <= TOLERANCE:
+            if self.sequence:
+                _prove_sequence(*difference(twin, args, kwargs, captured, proposal.owned, self.ranks, sequence=True))
             return proposal.owned
         why = f"split, its {where} differs by {gap:.1e}"
         if forced:
@@ -230,6 +237,14 @@ def asked_of(module: nn.Module, asked: Mapping[str, Split], ranks: int) -> tuple
     cuts = owned_under(shapes, plan)
     free = {name for name in cuts if (split := split_of(name, plan)) is not None and not split.parts}
     return {name: cut._replace(ids=()) if name in free else cut for name, cut in cuts.items()}, whole
+
+
+def _prove_sequence(gap: float, where: str) -> None:
+    if not gap <= ROUNDED:
+        raise SpecError(
+            f"sequence=true changes what the model computes: cut along the sequence, the {where} of a block differs by "
+            f"{gap:.1e}. Use sequence=false."
+        )
 
 
 def refused(why: str) -> SpecError:
