@@ -16,6 +16,7 @@ from shardwise.models.gpt import GPT
 from shardwise.models.inputs import call
 from shardwise.parallel.parallelize import parallelize
 from shardwise.parallel.tensor.find import find_splits
+from shardwise.plan.support import refuse_unbuilt
 from shardwise.spec.plan import Plan, Recompute, parse_plan
 from tests.ranks import Rank, run_ranks
 
@@ -46,7 +47,7 @@ def test_dropout_and_lengths_that_change_train_like_one_process() -> None:
 @pytest.mark.parametrize(
     "axes",
     [{"data": 2}, {"pipeline": 2}, {"shard": 2}, {"recompute": Recompute(mode="full")}]
-    + [{"recompute": Recompute(mode="full"), "pipeline": 2}, {"pipeline": 2, "schedule": "zero_bubble", "virtual": 2}],
+    + [{"recompute": Recompute(mode="full"), "pipeline": 2}, {"pipeline": 2, "schedule": "interleaved", "virtual": 2}],
 )
 @pytest.mark.parametrize("name", ["dropout", "encoder"])
 def test_with_other_axes_it_trains_like_one_process(name: str, axes: dict[str, Any]) -> None:
@@ -131,3 +132,9 @@ def test_it_needs_a_tensor_axis() -> None:
     assert parse_plan("tensor=2,sequence=true") == {"tensor": "2", "sequence": True}
     with pytest.raises(SpecError, match="Add tensor=2"):
         Plan(sequence=True)
+
+
+def test_schedules_that_go_back_twice_are_refused() -> None:
+    plan = Plan(tensor=2, pipeline=2, sequence=True, schedule="zero_bubble", virtual=2)
+    with pytest.raises(SpecError, match="goes back through each block twice"):
+        refuse_unbuilt(plan)
