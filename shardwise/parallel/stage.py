@@ -20,6 +20,7 @@ from shardwise.errors import JobError
 from shardwise.models.cuts import Part
 from shardwise.models.dataflow import Dataflow, Forward, Passed, Plain, Value, leaves_of
 from shardwise.models.inputs import call
+from shardwise.parallel.tensor.handed import brought_together
 
 
 class _Cut(BaseException):
@@ -74,7 +75,7 @@ class Stage:
         try:
             return call(self.module, batch, forward)
         except _Cut:
-            leaving = tuple(_leaving(self._values[v], received) for v in part.sends)
+            leaving = tuple(_leaving(brought_together(self._values[v]), received) for v in part.sends)
             return (*leaving, generator_state(self._device)) if flow.random else leaving
         finally:
             self._values = {}

@@ -52,6 +52,11 @@ def _refuse_schedule(plan: Plan) -> None:
             f"schedule={plan.schedule} does not go with virtual={plan.virtual}: {', '.join(SEVERAL_STAGES)} have "
             f"virtual=2 or more stages a rank, {', '.join(ONE_STAGE)} have one."
         )
+    if plan.sequence and plan.schedule in ("zero_bubble", "zbv"):
+        raise _unbuilt(
+            f"sequence=true with schedule={plan.schedule}, which goes back through each block twice",
+            "use schedule=1f1b or interleaved, or sequence=false",
+        )
     if plan.schedule == "zbv" and plan.virtual != 2:
         raise SpecError(f"schedule=zbv has two stages a rank, not virtual={plan.virtual}. Use virtual=2.")
 

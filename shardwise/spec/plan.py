@@ -82,6 +82,7 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     context: int = 1
     expert: int = 1
     zero: int = 3
+    sequence: bool = False  # activations between split layers are cut over the tensor axis too
     splits: dict[str, Split] = field(default_factory=dict)
     blocks: tuple[str, ...] = ()
     stages: tuple[Stage, ...] = ()
@@ -108,6 +109,11 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         _check_dimensions(self.splits)
         if self.zero not in (1, 2, 3):
             raise SpecError(f"zero={self.zero} in the plan: it must be 1, 2 or 3 (what the shard axis shards).")
+        if self.sequence and self.tensor == 1:
+            raise SpecError(
+                "sequence=true in the plan cuts activations over the tensor axis, which has one rank. Add tensor=2 or "
+                "more."
+            )
         if self.recompute.blocks and self.recompute.mode != "blocks":
             raise SpecError(
                 f"recompute.blocks in the plan is for recompute=blocks, not for recompute={self.recompute.mode}."

@@ -84,6 +84,7 @@ def found_splits(job: TrainJob, plan: Plan, prepared: Prepared, *, folder: str =
         forward=job.forward,
         asked=plan.splits,
         values=chance_values if built.by_part else None,
+        sequence=plan.sequence,
     )
     names = [name for name, _ in module.named_parameters()]
     gc.collect()  # graphs and modules hold each other, and the values of a block

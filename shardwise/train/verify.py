@@ -79,7 +79,7 @@ def _job(told: Mapping[str, Any]) -> TrainJob:
 def _compare(
     job: TrainJob, plan: Plan, prepared: Prepared, losses: list[float], found: list[dict[str, Tensor]], told: Any
 ) -> Verified:
-    one = structs.replace(plan, data=1, shard=1, tensor=1, splits={})
+    one = structs.replace(plan, data=1, shard=1, tensor=1, sequence=False, splits={})
     one = structs.replace(one, pipeline=1, virtual=1, schedule="1f1b", stages=(), blocks=())
     one = structs.replace(one, recompute=Recompute(), offload=Offload())
     alone = connect(one, rank=0, world=1, store=None)

@@ -17,10 +17,12 @@ from shardwise.parallel.sharded import refuse_unlike_by_rows
 from shardwise.parallel.stage import stand_in
 from shardwise.parallel.tensor.crossing import GroupCrossing
 from shardwise.parallel.tensor.experts import Mixture
-from shardwise.parallel.tensor.find import configurations
 from shardwise.parallel.tensor.links import GroupLinks, gathered
 from shardwise.parallel.tensor.mixed import in_expert, opened, planned
 from shardwise.parallel.tensor.propose import Owned, owned_under
+from shardwise.parallel.tensor.seen import configurations
+from shardwise.parallel.tensor.sequence_unit import SequenceUnit
+from shardwise.parallel.tensor.shares import SequenceLinks
 from shardwise.parallel.tensor.unit import Unit
 from shardwise.parallel.ties import kept
 from shardwise.spec.layout import split_of
@@ -34,7 +36,7 @@ class Tensors:
         group = mesh.axis("tensor").group
         assert group is not None
         self.group, self.module = group, module
-        self.links = GroupLinks(group)
+        self.links = SequenceLinks(group) if plan.sequence else GroupLinks(group)
         self.shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
         self.owned = owned_under(self.shapes, plan)
         self._device = mesh.device
@@ -126,7 +128,8 @@ def _units(
     for alias, name in every:
         if name in cut and (how := _how(name, plan)) != "experts":
             layers[alias.rpartition(".")[0]] = how == "vocabulary"
-    units = []
+    units: list[Unit] = []
+    blocks = list(find_blocks(module))
     called = dict(module.named_modules())  # each once, under its first name
     tables = [layer for layer, table in layers.items() if table and layer in called and not called[layer]._modules]
     others = [name for name, table in layers.items() if not table]
@@ -134,15 +137,11 @@ def _units(
         part = module.get_submodule(top)
         inside = {inner: names[id(p)] for inner, p in part.named_parameters()}
         mine = {inner: cut[name] for inner, name in inside.items() if name in cut}
-        units.append(
-            Unit(
-                part,
-                mine,
-                {inner: _whole(p, mine.get(inner)) for inner, p in part.named_parameters()},
-                links,
-                scores=top in tables,
-            )
-        )
+        whole = {inner: _whole(p, mine.get(inner)) for inner, p in part.named_parameters()}
+        if isinstance(links, SequenceLinks) and top not in tables:
+            units.append(SequenceUnit(part, mine, whole, links, hands=top in blocks))
+        else:
+            units.append(Unit(part, mine, whole, links, scores=top in tables))
     return units
 
 

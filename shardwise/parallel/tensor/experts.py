@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from shardwise.errors import JobError
 from shardwise.parallel.tensor.capture import PLAIN
+from shardwise.parallel.tensor.handed import brought_together
 from shardwise.parallel.tensor.propose import Owned
 from shardwise.parallel.tensor.rows import Nothing, Rows
 from shardwise.parallel.tensor.standins import Guarded, Shapes, Silent, enterable, swapped
@@ -101,7 +102,7 @@ class Mixture:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._dissolved:
             return self._forward(*args, **kwargs)
-        part = self.part(args, kwargs)
+        part = self.part(*brought_together((args, kwargs)))
         # what is the same on all ranks and has no gradient stays as it is
         through = [
             index

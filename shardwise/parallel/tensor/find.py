@@ -4,36 +4,30 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 from shardwise.errors import JobError, SpecError
 from shardwise.models.blocks import find_blocks, num_parameters, owner
-from shardwise.models.inputs import call
 from shardwise.parallel.tensor.atoms import Ids, parts_of
-from shardwise.parallel.tensor.capture import PLAIN, Captured, capture
-from shardwise.parallel.tensor.guards import python_draws
+from shardwise.parallel.tensor.capture import Captured, capture
 from shardwise.parallel.tensor.mixed import in_expert, opened
 from shardwise.parallel.tensor.mixture_proof import Mixed, Unfit
 from shardwise.parallel.tensor.mixtures import find_mixture, may_be_mixture, widened
 from shardwise.parallel.tensor.propose import Owned, Proposal, Refused, owned_under, propose
 from shardwise.parallel.tensor.prove import TOLERANCE, difference
+from shardwise.parallel.tensor.seen import Forward, Seen, Values, run_once, without_cache
 from shardwise.spec.layout import split_of
 from shardwise.spec.plan import DIMENSIONS, Plan, Split
 
+ROUNDED = 1e-6  # what norms that compute in float32 add up in another order
 LARGE = 0.01  # of all parameters: a smaller table is not worth a collective
 FEW = 0.25  # of the largest table's rows: so is one with fewer (positions, kinds)
 ROWS = 128  # a rank's, of a table in the proof: its rows are alike
-Forward = Callable[[nn.Module, Any], Any]
-Values = Callable[[str, Tensor], Tensor]
 One = TypeVar("One")
 
 
@@ -44,13 +38,6 @@ class Found(NamedTuple):
     whole: dict[str, str]
 
 
-class Seen(NamedTuple):
-    """One run: the arguments of each module's first call, and in which modules each parameter is used."""
-
-    calls: dict[str, tuple[Any, Any]]
-    users: dict[str, set[tuple[str, ...]]]
-
-
 def find_splits(
     module: nn.Module,
     batch: Any,
@@ -59,17 +46,18 @@ def find_splits(
     forward: Forward | None = None,
     asked: Mapping[str, Split] | None = None,
     values: Values | None = None,
+    sequence: bool = False,
 ) -> Found:
     """How `module`, run on a small `batch`, is split over `ranks`; only what has been proven is.
 
     The module runs once, and is left as it was. `asked` are splits that the user has fixed. `values(name, parameter)`
     gives the values of a parameter where the module has none in memory: then those of one operation, or of one kind
     of block, are there at a time. Raises JobError where nothing can be split, SpecError for a split that was asked for
-    and changes what the model computes.
+    and changes what the model computes, and where `sequence` (activations cut along the sequence too) does.
     """
     values = values or (lambda name, parameter: parameter.detach())
-    seen = _run(module, batch, forward, values)
-    search = _Search(module, seen, ranks, widened(module, asked or {}), values)
+    seen = run_once(module, batch, forward, values)
+    search = _Search(module, seen, ranks, widened(module, asked or {}), values, sequence=sequence)
     owned = search.all()
     if not owned:
         why = "; ".join(dict.fromkeys(search.whole.values())) or "it has no blocks with linear layers"
@@ -83,8 +71,17 @@ def find_splits(
 
 
 class _Search:
-    def __init__(self, module: nn.Module, seen: Seen, ranks: int, asked: Mapping[str, Split], values: Values) -> None:
-        self.module, self.seen, self.ranks, self.values = module, seen, ranks, values
+    def __init__(
+        self,
+        module: nn.Module,
+        seen: Seen,
+        ranks: int,
+        asked: Mapping[str, Split],
+        values: Values,
+        *,
+        sequence: bool = False,
+    ) -> None:
+        self.module, self.seen, self.ranks, self.values, self.sequence = module, seen, ranks, values, sequence
         self.asked, self.asked_whole = asked_of(module, asked, ranks)
         plan = Plan(tensor=ranks, splits=dict(asked))
         experts = {name for name in self.asked if (split := split_of(name, plan)) and split.how == "experts"}
@@ -305,6 +302,8 @@ class _Search:
         gap, where = difference(twin, args, kwargs, again, owned, self.ranks)
         alike = [(n, one.dim) for n, one in owned.items()] == [(n, one.dim) for n, one in proposal.owned.items()]
         if gap <= TOLERANCE and alike:
+            if self.sequence:
+                _prove_sequence(*difference(twin, args, kwargs, again, owned, self.ranks, sequence=True))
             return proposal
         why = f"split, its {where} differs by {gap:.1e}"
         if forced:
@@ -365,98 +364,16 @@ def asked_of(module: nn.Module, asked: Mapping[str, Split], ranks: int) -> tuple
     return {name: cut._replace(ids=()) if name in free else cut for name, cut in cuts.items()}, whole
 
 
+def _prove_sequence(gap: float, where: str) -> None:
+    if not gap <= ROUNDED:
+        raise SpecError(
+            f"sequence=true changes what the model computes: cut along the sequence, the {where} of a block differs by "
+            f"{gap:.1e}. Use sequence=false."
+        )
+
+
 def refused(why: str) -> SpecError:
     return SpecError(f"splits of the plan: {why}. Leave it out, and the split is found from the model itself.")
-
-
-class _Uses(TorchFunctionMode):
-    """Notes in which modules each parameter is an operand, and puts its values in its place."""
-
-    def __init__(self, names: Mapping[int, str], values: Values) -> None:
-        super().__init__()
-        self.names, self.values, self.stack = names, values, [""]
-        self.users: dict[str, set[tuple[str, ...]]] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in ("__get__", "__set__"):  # its shape is no use, `.T` is
-            found = func(*args, **(kwargs or {}))
-            if not isinstance(found, Tensor):
-                return found
-        args, kwargs = tree_map(self._used, (args, kwargs))
-        return func(*args, **(kwargs or {}))
-
-    def _used(self, leaf: Any) -> Any:
-        if not isinstance(leaf, nn.Parameter) or id(leaf) not in self.names:
-            return leaf
-        name = self.names[id(leaf)]
-        self.users.setdefault(name, set()).add(tuple(self.stack))
-        return self.values(name, leaf)
-
-
-def _run(module: nn.Module, batch: Any, forward: Forward | None, values: Values) -> Seen:
-    """What alike modules are called with is kept once: the first call's stands for the others'."""
-    calls: dict[str, tuple[Any, Any]] = {}
-    kinds: dict[Any, tuple[Any, Any]] = {}
-    uses = _Uses({id(p): name for name, p in module.named_parameters()}, values)
-
-    def enter(name: str, part: nn.Module, args: Any, kwargs: Any) -> None:
-        uses.stack.append(name)
-        if name not in calls:
-            leaves, tree = tree_flatten((args, kwargs))
-            sizes = tuple(p.shape for p in part.parameters())  # one table's indices need not be in another
-            kind = (type(part), sizes, str(tree), *map(_kind, leaves))
-            if kind not in kinds:
-                kinds[kind] = tree_map(_kept, (args, kwargs))
-            calls[name] = kinds[kind]
-
-    def leave(name: str, *_: Any) -> None:
-        uses.stack.pop()
-
-    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    training = module.training
-    with ExitStack() as stack:
-        for name, part in module.named_modules():
-            stack.callback(part.register_forward_pre_hook(partial(enter, name), with_kwargs=True).remove)
-            stack.callback(part.register_forward_hook(partial(leave, name)).remove)
-        stack.enter_context(torch.random.fork_rng())
-        stack.enter_context(python_draws())
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(without_cache(module))
-        stack.enter_context(uses)
-        call(module.train(), batch, forward)
-    module.train(training)
-    for name, buffer in module.named_buffers():
-        if name in before:
-            buffer.copy_(before[name])
-    return Seen(calls, uses.users)
-
-
-@contextmanager
-def without_cache(module: nn.Module) -> Iterator[None]:
-    """Models of transformers hand a cache of keys through their blocks, which training does not read."""
-    told = [c for c in {id(c): c for c in configurations(module)}.values() if getattr(c, "use_cache", False)]
-    for one in told:
-        one.use_cache = False
-    try:
-        yield
-    finally:
-        for one in told:
-            one.use_cache = True
-
-
-def configurations(module: nn.Module) -> Iterator[Any]:
-    """What models of transformers are configured with."""
-    for part in module.modules():
-        if (config := getattr(part, "config", None)) is not None and not isinstance(config, nn.Module):
-            yield config
-
-
-def _kept(leaf: Any) -> Any:
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
-
-
-def _kind(leaf: Any) -> Any:
-    return (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf if isinstance(leaf, PLAIN) else id(leaf)
 
 
 def _double(leaf: Any) -> Any:

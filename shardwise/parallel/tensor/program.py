@@ -15,6 +15,7 @@ from shardwise.parallel.tensor.propose import Owned
 from shardwise.parallel.tensor.step import State, Step, View
 
 SHARED, LOCAL, SUM, JOIN = "shared", "local", "sum", "join"  # how ranks that run in lock-step treat a node
+SCATTER, GATHER = "scatter", "gather"  # and those of what is cut along a sequence
 
 
 class Links(Protocol):
@@ -34,18 +35,22 @@ class Links(Protocol):
 
 
 class Plan(NamedTuple):
-    """The steps of a graph, and what its outputs are."""
+    """The steps of a graph, and what its outputs are. `sequence` are the nodes that are cut along the sequence, and
+    `begun` those of them that come whole."""
 
     steps: dict[fx.Node, Step]
     states: dict[fx.Node, State]
+    sequence: frozenset[fx.Node] = frozenset()
+    begun: frozenset[fx.Node] = frozenset()
 
 
 class Program(NamedTuple):
     """`graph` takes the links, the parameters and buffers, and the tensors of the call. `cut` are the outputs that it
-    leaves cut, if it was told so."""
+    leaves cut, if it was told so, and `parts` the tensors of the call that come cut."""
 
     graph: fx.Graph
     cut: dict[int, Cut]
+    parts: frozenset[int] = frozenset()
 
 
 def steps(captured: Captured, owned: Mapping[str, Owned], ranks: int) -> Plan:
@@ -65,10 +70,12 @@ def steps(captured: Captured, owned: Mapping[str, Owned], ranks: int) -> Plan:
 
 def build(captured: Captured, plan: Plan, rank: int, *, leave: bool = False) -> Program:
     """The program of one rank; with `leave` outputs stay cut, else they are joined."""
-    return _Builder(captured, plan, rank).run(leave)
+    return Builder(captured, plan, rank).run(leave)
 
 
-class _Builder:
+class Builder:
+    """Makes the program of one rank from what its steps say."""
+
     def __init__(self, captured: Captured, plan: Plan, rank: int) -> None:
         self.captured, self.plan, self.rank = captured, plan, rank
         self.graph = fx.Graph()
@@ -79,10 +86,11 @@ class _Builder:
         self.taken: dict[tuple[fx.Node, Cut], fx.Node] = {}
 
     def run(self, leave: bool) -> Program:
+        """The program; with `leave` its outputs stay cut."""
         cut: dict[int, Cut] = {}
         for node in self.captured.graph.nodes:
             if node.op == "placeholder":
-                self.values[node] = self._role(self.graph.placeholder(node.name), self._is_cut(node))
+                self._given(node)
             elif node.op == "get_attr":
                 self.values[node] = self._role(self.graph.get_attr(node.target), local=False)
             elif node.op == "call_function":
@@ -92,6 +100,13 @@ class _Builder:
                 self.graph.output(outputs)
         self.graph.eliminate_dead_code(impure)
         return Program(self.graph, cut)
+
+    def _given(self, node: fx.Node) -> None:
+        self.values[node] = self._role(self.graph.placeholder(node.name), self._is_cut(node))
+
+    def _whole(self, node: fx.Node) -> fx.Node:
+        """What all ranks have alike."""
+        return self.values[node]
 
     def _output(self, leaf: Any, index: int, leave: bool, cut: dict[int, Cut]) -> Any:
         if not isinstance(leaf, fx.Node):
@@ -107,21 +122,26 @@ class _Builder:
 
     def _one(self, node: fx.Node, step: Step) -> fx.Node:
         if not step.local:
-            made = self.graph.node_copy(node, lambda one: self.values[one])
-            if writes(node) or _is_mode(node):  # what was handed out before is not what it left, or without gradients
-                self.entered.clear()
-                self.taken.clear()
-            return self._role(made, local=False)
+            made = self._role(self.graph.node_copy(node, self._whole), local=False)
+            if writes(node) or _is_mode(node):
+                self._forget()
+            return made
         if step.noise is not None:
             return self._dropped(node, step)
         target: Any
         target, args, kwargs = step.call(self.rank) if step.call is not None else (node.target, node.args, node.kwargs)
         given = fx.node.map_arg((args, kwargs), lambda one: self._operand(one, step))
         made = self._role(self.graph.call_function(target, *given), local=True)
-        if not step.reduce:
-            return made
-        addend = () if step.addend is None else (self.values[step.addend],)
-        return self._method("total", (made, *addend), SUM)
+        return self._summed(made, node, step) if step.reduce else made
+
+    def _summed(self, terms: fx.Node, node: fx.Node, step: Step) -> fx.Node:
+        addend = () if step.addend is None else (self._whole(step.addend),)
+        return self._method("total", (terms, *addend), SUM)
+
+    def _forget(self) -> None:
+        """What was handed out before an operation wrote is not what it left, or before a mode, without gradients."""
+        self.entered.clear()
+        self.taken.clear()
 
     def _operand(self, node: fx.Node, step: Step) -> fx.Node:
         """What is whole enters the ranks' own computations here, and each takes its part."""
@@ -143,6 +163,10 @@ class _Builder:
             self.taken[value, cut] = self._method("take", (value, cut.dim, cut.ids), LOCAL)
         return self.taken[value, cut]
 
+    def _share(self, noise: fx.Node, cut: Cut) -> fx.Node:
+        """A copy of a part of a mask: who keeps it does not keep the whole mask."""
+        return self._role(self.graph.call_function(torch.clone, (self._part(noise, cut),)), local=True)
+
     def _dropped(self, node: fx.Node, step: Step) -> fx.Node:
         """A dropout: each rank draws the whole mask, as one process would, and takes its part."""
         assert step.noise is not None
@@ -153,8 +177,8 @@ class _Builder:
         value = x.meta["val"]
         args = (tuple(value.shape), tuple(value.stride()), value.dtype, value.device, chance)
         noise = self._role(self.graph.call_function(mask, args), local=False)
-        mine = self._part(noise, cut)
-        return self._role(self.graph.call_function(torch.mul, (self.values[x], mine)), local=True)
+        mine = self._share(noise, cut)
+        return self._role(self.graph.call_function(torch.mul, (self._operand(x, step), mine)), local=True)
 
     def _attention(self, node: fx.Node, step: Step) -> fx.Node:
         from shardwise.parallel.tensor.products import arguments_of_attention, attend
@@ -166,7 +190,7 @@ class _Builder:
         assert step.noise is not None
         strides = torch.empty(whole, device="meta").stride()
         noise = self.graph.call_function(mask, (whole, strides, kind, query.device, step.noise[0]))
-        mine = self._part(self._role(noise, local=False), step.noise[1])
+        mine = self._share(self._role(noise, local=False), step.noise[1])
         operands = [self._operand(given[name], step) for name in ("query", "key", "value")]
         bias = self._operand(given["attn_mask"], step) if given["attn_mask"] is not None else None
         told = (*operands, bias, mine, bool(given["is_causal"]), given["scale"])

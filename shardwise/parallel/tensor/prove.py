@@ -14,8 +14,11 @@ from shardwise.models.partial import copy_without_memory
 from shardwise.parallel.tensor.atoms import Ids, spans
 from shardwise.parallel.tensor.capture import Captured
 from shardwise.parallel.tensor.links import narrowed
-from shardwise.parallel.tensor.program import JOIN, LOCAL, SUM, Program, build, steps
+from shardwise.parallel.tensor.program import GATHER, JOIN, LOCAL, SCATTER, SUM, Program, build, steps
 from shardwise.parallel.tensor.propose import Owned
+from shardwise.parallel.tensor.sequence import sequenced
+from shardwise.parallel.tensor.sequence_program import build_sequence
+from shardwise.parallel.tensor.shares import Share
 
 TOLERANCE = 1e-9  # relative, in float64
 FLOOR = 1e-6  # of the largest: gradients smaller than that are zero but for rounding
@@ -30,8 +33,14 @@ class Alone:
     def enter(self, x: Tensor) -> Tensor:
         return x
 
+    def enter_all(self, *given: Tensor) -> tuple[Tensor, ...]:
+        return given
+
     def take(self, x: Tensor, dim: int, ids: Ids) -> Tensor:
         return part(x, dim, ids, self.rank)
+
+    def split(self, x: Tensor, share: Share) -> Tensor:
+        return narrowed(x, share.dim, share.held[self.rank])
 
 
 def part(x: Tensor, dim: int, ids: Ids, rank: int) -> Tensor:
@@ -63,12 +72,9 @@ def together(programs: Sequence[Program], constants: nn.Module, given: Sequence[
             found = [next(one) for one in inputs]
         elif nodes[0].op == "get_attr":
             found = [getattr(constants, nodes[0].target)] * len(nodes)
-        elif role in (SUM, JOIN):
-            found = [
-                _exchange(
-                    role, [fx.node.map_arg(n.args[1:], v.__getitem__) for n, v in zip(nodes, values, strict=True)]
-                )
-            ] * len(nodes)
+        elif role in (SUM, JOIN, SCATTER, GATHER):
+            args = [fx.node.map_arg(n.args[1:], v.__getitem__) for n, v in zip(nodes, values, strict=True)]
+            found = _exchange(role, args)
         elif role == LOCAL:
             found = [_run(node, value) for node, value in zip(nodes, values, strict=True)]
         else:
@@ -78,13 +84,27 @@ def together(programs: Sequence[Program], constants: nn.Module, given: Sequence[
     raise AssertionError("a graph without an output")
 
 
-def _exchange(role: str, args: Sequence[Sequence[Any]]) -> Any:
-    if role == JOIN:
-        return joined([one[0] for one in args], args[0][1], args[0][2])
+def _exchange(role: str, args: Sequence[Sequence[Any]]) -> list[Any]:
+    """What each rank gets."""
+    if role in (JOIN, GATHER):
+        pieces, how = [one[0] for one in args], args[0][1:]
+        return [united(pieces, *how) if isinstance(how[0], Share) else joined(pieces, *how)] * len(args)
     total = args[0][0]
     for one in args[1:]:
         total = total + one[0]
-    return total if len(args[0]) == 1 else total + args[0][1].to(total.dtype)
+    if role == SCATTER:
+        share = args[0][1]
+        return [narrowed(total, share.dim, held) for held in share.held]
+    return [total if len(args[0]) == 1 else total + args[0][1].to(total.dtype)] * len(args)
+
+
+def united(pieces: Sequence[Tensor], share: Share) -> Tensor:
+    """The whole of the ranks' parts."""
+    ids = [0] * sum(share.rows)
+    for rank, each in enumerate(share.held):
+        for first, stop in each:
+            ids[first:stop] = [rank] * (stop - first)
+    return joined(pieces, share.dim, tuple(ids))
 
 
 def _run(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
@@ -100,14 +120,21 @@ def _value(leaf: Any, values: dict[fx.Node, Any]) -> Any:
 
 
 def difference(
-    module: nn.Module, args: Any, kwargs: Any, captured: Captured, owned: Mapping[str, Owned], ranks: int
+    module: nn.Module,
+    args: Any,
+    kwargs: Any,
+    captured: Captured,
+    owned: Mapping[str, Owned],
+    ranks: int,
+    *,
+    sequence: bool = False,
 ) -> tuple[float, str]:
     """The largest relative difference between the call run whole and split, of outputs and gradients, and of what.
 
-    In float64; `captured` is of the same call in float64. The generators stay as they are.
+    In float64; `captured` is of the same call in float64. The generators stay as they are. With `sequence` values
+    between the layers are cut along the sequence, where that gains anything.
     """
-    plan = steps(captured, owned, ranks)
-    programs = [build(captured, plan, rank) for rank in range(ranks)]
+    programs = _programs(captured, owned, ranks, sequence)
     state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     leaves, _ = tree_flatten((args, kwargs))
     with torch.random.fork_rng():
@@ -127,6 +154,14 @@ def difference(
 def _written(handed: Sequence[Tensor]) -> list[Tensor]:
     """The arguments that the call wrote into: outputs too."""
     return [tensor for tensor in handed if tensor._version]
+
+
+def _programs(captured: Captured, owned: Mapping[str, Owned], ranks: int, sequence: bool) -> list[Program]:
+    cut = sequenced(captured, owned, ranks, leave=True) if sequence else None
+    if cut is not None:
+        return [build_sequence(captured, cut, rank, ranks) for rank in range(ranks)]
+    plan = steps(captured, owned, ranks)
+    return [build(captured, plan, rank) for rank in range(ranks)]
 
 
 def as_leaf(tensor: Tensor) -> Tensor:

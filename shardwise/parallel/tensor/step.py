@@ -20,7 +20,8 @@ class Step(NamedTuple):
 
     `wants` are the whole operands of which each rank takes its part. With `reduce` every rank has a term of the result,
     which is summed; `addend` is added after that, and `call` is what runs instead of the node's own target, given the
-    number of indices that a rank holds.
+    number of indices that a rank holds. What has both `reduce` and a cut result is summed part by part. `gathers` are
+    the cut operands that are needed whole, and with `sequence` ranks compute parts of a sequence.
     """
 
     out: State = None
@@ -29,6 +30,8 @@ class Step(NamedTuple):
     addend: fx.Node | None = None
     call: Callable[[int], Call] | None = None
     noise: tuple[float, Cut] | None = None
+    gathers: tuple[fx.Node, ...] = ()
+    sequence: bool = False
 
     @property
     def local(self) -> bool:

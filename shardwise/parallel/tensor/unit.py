@@ -11,11 +11,11 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_unflatten
 
 from shardwise import events
-from shardwise.parallel.tensor.atoms import Conflict
-from shardwise.parallel.tensor.capture import capture, signature
+from shardwise.parallel.tensor.atoms import Conflict, Cut
+from shardwise.parallel.tensor.capture import Captured, capture, signature
 from shardwise.parallel.tensor.links import GroupLinks
 from shardwise.parallel.tensor.parted import Parted
-from shardwise.parallel.tensor.program import build, steps
+from shardwise.parallel.tensor.program import Program, build, steps
 from shardwise.parallel.tensor.propose import Owned
 from shardwise.parallel.tensor.scores import Scores
 
@@ -76,7 +76,7 @@ class Unit:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._owned:
             return self._forward(*args, **kwargs)
-        key, leaves = signature(self._parts, args, kwargs)
+        key, leaves, args, kwargs = self._key(args, kwargs)
         try:
             run = self._programs.get(key)
         except TypeError:  # an argument that no dictionary takes
@@ -84,10 +84,14 @@ class Unit:
         if run is None:
             if len(self._programs) == MOST:
                 self._programs.pop(next(iter(self._programs)))
-            run = self._programs[key] = self._make(args, kwargs)
+            run = self._programs[key] = self._make(key, args, kwargs)
         return run(leaves, args, kwargs)
 
-    def _make(self, args: Any, kwargs: Any) -> Run:
+    def _key(self, args: Any, kwargs: Any) -> tuple[Any, list[Any], Any, Any]:
+        """What of a call decides which program runs, and the call."""
+        return *signature(self._parts, args, kwargs), args, kwargs
+
+    def _make(self, key: Any, args: Any, kwargs: Any) -> Run:
         captured = None
         if self._failed < TRIES:
             with self._closed():
@@ -97,11 +101,10 @@ class Unit:
             self._tell("no graph can be made of its code")
             return self._openly
         try:
-            plan = steps(captured, self._owned, self.links.ranks)
+            program = self._program(captured, key)
         except Conflict as conflict:
             self._tell(str(conflict))
             return self._gathered
-        program = build(captured, plan, self.links.rank, leave=self._scores)
         function = fx.GraphModule(captured.constants, program.graph).forward
         state: dict[str, tuple[dict[str, Any], str]] = {}
         for name, place in self._places:
@@ -110,9 +113,10 @@ class Unit:
 
         def run(leaves: Sequence[Any], args: Any, kwargs: Any) -> Any:
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-            found = function(self.links, *(_local(held[key]) for held, key in state.values()), *tensors)
+            mine = [_local(one) if place in program.parts else _whole(one) for place, one in enumerate(tensors)]
+            found = function(self.links, *(_local(held[key]) for held, key in state.values()), *mine)
             for index, one in program.cut.items():
-                found[index] = Scores.made(found[index], one.dim, one.ids, self.links)
+                found[index] = self._left(found[index], one)
             return tree_unflatten(found, captured.tree)
 
         return run
@@ -123,6 +127,14 @@ class Unit:
         if self.links.rank == 0 and (kind, why) not in self.links.told:
             self.links.told.add((kind, why))
             events.emit("warning", message=f"{kind} runs its own code and gathers what it reads of cut weights: {why}.")
+
+    def _program(self, captured: Captured, key: Any) -> Program:
+        """Raises Conflict where an operation cannot run with parameters cut as they are."""
+        return build(captured, steps(captured, self._owned, self.links.ranks), self.links.rank, leave=self._scores)
+
+    def _left(self, local: Tensor, cut: Cut) -> Tensor:
+        """What is handed out of an output that stays cut."""
+        return Scores.made(local, cut.dim, cut.ids, self.links)
 
     def _openly(self, leaves: Sequence[Any], args: Any, kwargs: Any) -> Any:
         """Its own code, which no graph was made of: the parts inside are run as programs, where they have what is cut,
@@ -141,7 +153,10 @@ class Unit:
         owned = {inner: self._owned[one] for inner, one in first.items() if one in self._owned}
         if not owned:
             return None
-        return Unit(part, owned, {inner: self._shapes[one] for inner, one in first.items()}, self.links)
+        return self._inner(part, owned, {inner: self._shapes[one] for inner, one in first.items()})
+
+    def _inner(self, part: nn.Module, owned: dict[str, Owned], shapes: dict[str, tuple[int, ...]]) -> Unit:
+        return Unit(part, owned, shapes, self.links)
 
     def _gathered(self, leaves: Sequence[Any], args: Any, kwargs: Any) -> Any:
         """Its own code, which gets whole parameters where it reads them: right for whatever a rule is missing for, and
@@ -194,3 +209,8 @@ def _places(module: nn.Module, kind: str) -> list[tuple[str, tuple[dict[str, Any
 def _local(tensor: Tensor) -> Tensor:
     """This rank's part, also where a unit around this one handed out the whole."""
     return tensor.local if isinstance(tensor, Parted) else tensor
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of it, also of what is handed on cut."""
+    return tensor.whole() if isinstance(tensor, Parted) else tensor
