@@ -20,8 +20,8 @@ from bench.subject import Subject, close_all
 SCHEDULES = {"naive": 1, "gpipe": 1, "1f1b": 1, "interleaved": 2, "zero_bubble": 2, "zbv": 2}  # and stages a rank
 RANKS = (2, 4)
 ROUNDS, QUICK_ROUNDS = 5, 2
-STEPS = 3  # of a turn
-START_S, STEP_S = 90.0, 20.0
+BLOCK_S, QUICK_BLOCK_S = 0.048, 0.012  # that a block sleeps for; the shortest stages here have one block
+START_S, TURN_S = 90.0, 60.0
 WITHIN = "<= 1.03"  # of the seconds that the schedule's order allows
 MICROBATCHES = 8
 
@@ -53,30 +53,30 @@ def bubbles(title: str, ranks: int, options: Options) -> list[Row]:
 
     A block is asked to sleep as long as all others; how long it takes is calibrated by one rank that has all of them.
     """
-    from bench.jobs.sleeping import BLOCK_S, BLOCKS, MICROBATCHES
+    from bench.jobs.sleeping import BLOCKS, MICROBATCHES
     from bench.orders import Costs, makespan, orders
 
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
-    steps = 1 if options.quick else STEPS
+    block_s = QUICK_BLOCK_S if options.quick else BLOCK_S
     names = options.chosen(list(SCHEDULES), ("1f1b",))
-    say(f"{title}: {rounds} rounds of {steps} steps")
+    say(f"{title}: {rounds} rounds of one step")
     folder = tempfile.TemporaryDirectory(prefix="bench-")
-    players = {name: _sleeping(name, ranks, folder.name) for name in (*names, BARE)}
+    players = {name: _sleeping(name, ranks, block_s, folder.name) for name in (*names, BARE)}
     try:
         for name, player in players.items():
             say(f"  starting {name}")
             player.subject.start(START_S)
             player.turn(1, START_S)
-        outcomes = play([*names, BARE], rounds, lambda name: players[name].turn(steps, STEP_S * (1 + steps)))
+        outcomes = play([*names, BARE], rounds, lambda name: players[name].turn(1, TURN_S))
     finally:
         close_all(player.subject for player in players.values())
         folder.cleanup()
     alone = outcomes.pop(BARE)
-    asked = 3 * BLOCKS * BLOCK_S * MICROBATCHES
+    asked = 3 * BLOCKS * block_s * MICROBATCHES
     took = statistics.median(alone.values or [asked]) / asked
     rows = [row(title, BARE, "step_time", "s", "lower", alone.values, note=alone.note)]
     for name, outcome in outcomes.items():
-        each = BLOCKS // (ranks * SCHEDULES[name]) * BLOCK_S
+        each = BLOCKS // (ranks * SCHEDULES[name]) * block_s
         costs = {stage: Costs(each, each, each) for stage in range(ranks * SCHEDULES[name])}
         least = makespan(orders(name, ranks, MICROBATCHES), costs)
         rows.append(row(title, name, "step_time", "s", "lower", outcome.values, note=outcome.note))
@@ -89,11 +89,11 @@ def bubbles(title: str, ranks: int, options: Options) -> list[Row]:
     return rows
 
 
-def _sleeping(name: str, ranks: int, folder: str) -> Player:
+def _sleeping(name: str, ranks: int, block_s: float, folder: str) -> Player:
     """Under torchrun, which starts more ranks than there are cores: these do not compute."""
     ranks = 1 if name == BARE else ranks
     job = str(ROOT / "bench" / "jobs" / "sleeping.py")
-    told = ["--on", "env", "--plan", _plan(name, ranks)]
+    told = ["--on", "env", "--plan", _plan(name, ranks), "--set", f"block_s={block_s}"]
     launcher = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--no-python"]
     command = [*launcher, *SHARDWISE, "train", job, *told]
     return Player(Subject(name, command, ranks=ranks, env={"CUDA_VISIBLE_DEVICES": ""}, folder=folder))

@@ -15,6 +15,7 @@ import signal
 import socket
 import struct
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -57,6 +58,14 @@ def thread_count() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
+def library_first(path: Sequence[str]) -> list[str]:
+    """The path with Python's own and installed packages before all else: a job's profile.py must not be what torch
+    imports by that name."""
+    paths = sysconfig.get_paths()
+    library = tuple({paths[kind] for kind in ("stdlib", "platstdlib", "purelib", "platlib")})
+    return sorted(path, key=lambda entry: not entry.startswith(library))
+
+
 def main(fd: int) -> None:
     """Serve the parent at the other end of `fd` until it closes that end or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -65,7 +74,7 @@ def main(fd: int) -> None:
     hello, _ = receive(channel)
     if hello is None:
         return
-    sys.path[:] = hello["path"]
+    sys.path[:] = library_first(hello["path"])
     server = _Server(channel, hello["parent"])
     try:
         started = time.monotonic()

@@ -57,17 +57,20 @@ class Flows:
         self._dropouts = [part for part in module.modules() if isinstance(part, _DropoutNd)]
         self._known: dict[Any, Route] = {}
 
-    def route(self, batch: Any, *, forward: Forward | None = None, loss: Loss | None = None) -> Route:
+    def mode(self) -> Any:
+        """What of the module decides how values flow: alike for all batches of a step."""
+        trained = tuple(p.requires_grad for p in self._module.parameters())
+        chances = tuple(part.p for part in self._dropouts)
+        return self._module.training, torch.is_grad_enabled(), trained, chances
+
+    def route(self, batch: Any, mode: Any, *, forward: Forward | None = None, loss: Loss | None = None) -> Route:
         """The route of `batch` in the module's mode of now; without `loss` all of the output is wanted.
 
         Raises JobError where the module cannot be cut with such a batch, calls other parts than the plan has, or needs
         a parameter that this rank does not have.
         """
         leaves, tree = tree_flatten(batch)
-        shapes = tuple(_kind(leaf) for leaf in leaves)
-        trained = tuple(p.requires_grad for p in self._module.parameters())
-        chances = tuple(part.p for part in self._dropouts)
-        key = (str(tree), shapes, self._module.training, torch.is_grad_enabled(), trained, chances, loss is None)
+        key = (str(tree), tuple(_kind(leaf) for leaf in leaves), mode, loss is None)
         if key not in self._known:
             if len(self._known) == MOST:
                 self._known.pop(next(iter(self._known)))

@@ -7,7 +7,7 @@ GPipe (Huang et al. 2019), 1F1B (Narayanan et al. 2019), interleaved 1F1B (Naray
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -58,9 +58,9 @@ def stages_of(place: int, plan: Plan) -> list[int]:
 class Pipeline:
     """The stages `numbers` of `count` under a schedule; `group` are the ranks of the pipeline.
 
-    `compute(stage, chunk, received)` runs a stage on microbatch `chunk`; `reduce(stage)` is called when all gradients
-    of a stage are there, and `gather()` before a backward that puts off gradients of parameters, which must be the
-    module's own then.
+    The parameters called `kept` (all by default) are on this rank. `compute(stage, chunk, received)` runs a stage on
+    microbatch `chunk`; `reduce(stage)` is called when all gradients of a stage are there, and `gather()` before a
+    backward that puts off gradients of parameters, which must be the module's own then.
     """
 
     def __init__(
@@ -76,13 +76,14 @@ class Pipeline:
         reduce: Reduce = lambda number: None,
         gather: Callable[[], None] = lambda: None,
         span: Span = lambda kind, number, chunk: contextlib.nullcontext(),
+        kept: Collection[str] | None = None,
     ) -> None:
         self._schedule = schedule
         self._count = count
         self._ranks = group.size()
         self._runners: dict[int, Any] = {}
         self._pieces = [
-            _Piece(module, number, count, group, device, compute, reduce, gather, span) for number in numbers
+            _Piece(module, number, count, group, device, compute, reduce, gather, span, kept) for number in numbers
         ]
 
     def step(self, micros: Sequence[Micro]) -> None:
@@ -140,8 +141,10 @@ class _Piece(_PipelineStageBase):
         reduce: Reduce,
         gather: Callable[[], None],
         span: Span,
+        kept: Collection[str] | None,
     ) -> None:
-        super().__init__(module, number, count, device, group)
+        super().__init__(_Kept(module, kept), number, count, device, group)
+        self._module = module
         self._compute = compute
         self._reduce = reduce
         self._gather = gather
@@ -173,7 +176,7 @@ class _Piece(_PipelineStageBase):
 
     def _prepare(self, chunk: int, route: Route) -> None:
         part, source, target = route.parts[self.stage_index], self.stage_index - 1, self.stage_index + 1
-        self._follow.append(all_follow(route.flow, part, self.submod))
+        self._follow.append(all_follow(route.flow, part, self._module))
         inputs = [] if self.is_first else received(route, self.stage_index, self.device)
         outputs = [] if self.is_last else received(route, self.stage_index + 1, self.device)
         self.act_send_info = {0: []} if self.is_last else {index: [target] for index in range(len(outputs))}
@@ -226,6 +229,19 @@ class _Piece(_PipelineStageBase):
         raise AssertionError("`expect` has prepared it")
 
     _prepare_backward_infra = _create_grad_recv_info = _prepare_forward_infra
+
+
+class _Kept(nn.Module):
+    """What torch's stages ask a module for, many times a step: its parameters, here those that this rank has."""
+
+    def __init__(self, module: nn.Module, kept: Collection[str] | None) -> None:
+        super().__init__()
+        names = [name for name, _ in module.named_parameters() if kept is None or name in kept]
+        paths = [name.rpartition(".") for name in names]
+        self._places: list[Any] = [(module.get_submodule(path)._parameters, key) for path, _, key in paths]
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        return (parameters[key] for parameters, key in self._places)
 
 
 def all_follow(flow: Dataflow, part: Part, module: nn.Module) -> bool:

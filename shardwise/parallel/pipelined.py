@@ -54,6 +54,7 @@ class Pipelined:
             reduce=self._complete,
             gather=self._gather_units,
             span=mesh.timeline.span,
+            kept=self.kept,
         )
         self._replica: Replica | None = None
         self._micros: list[Micro] = []
@@ -88,7 +89,8 @@ class Pipelined:
     ) -> None:
         """Forward and backward of this step's microbatches; gradients are added up in `.grad`."""
         assert self._flows is not None
-        self._micros = [Micro(batch, self._route(batch, forward, loss)) for batch in batches]
+        mode = self._flows.mode()
+        self._micros = [self._micro(batch, mode, forward, loss) for batch in batches]
         self._streams, self._head, self._forward = list(streams), head, forward
         self._left = {name for name, _ in self._attached().named()}
         self._pipeline.step(self._micros)
@@ -98,9 +100,10 @@ class Pipelined:
     def outputs(self, batches: Iterable[Any], forward: Forward | None) -> Iterator[tuple[Any, Any]]:
         """The module's output for each batch, and the batch, on the rank of the last stage; nothing elsewhere. Every
         rank of the pipeline goes through the same batches."""
+        assert self._flows is not None
         self._forward, self._head = forward, None
         for batch in batches:
-            micro = Micro(batch, self._route(batch, forward, None))
+            micro = self._micro(batch, self._flows.mode(), forward, None)
             self._micros, self._streams = [micro], []
             found: Any = ()
             for number in self.numbers:
@@ -163,11 +166,11 @@ class Pipelined:
     def close(self) -> None:
         self._stage.close()
 
-    def _route(self, batch: Any, forward: Forward | None, loss: Loss | None) -> Route:
+    def _micro(self, batch: Any, mode: Any, forward: Forward | None, loss: Loss | None) -> Micro:
         assert self._flows is not None
         about = user_code("the model", about=lambda: f"The batch was {shapes(batch)}.")
         with about, self._attached().formats.forward():
-            return self._flows.route(batch, forward=forward, loss=loss)
+            return Micro(batch, self._flows.route(batch, mode, forward=forward, loss=loss))
 
     @contextlib.contextmanager
     def _bare(self) -> Iterator[None]:

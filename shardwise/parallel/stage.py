@@ -115,7 +115,7 @@ class Stage:
         if number < self._part.first:
             if number + 1 == self._part.first and self._state is not None:
                 set_generators(self._state)
-            return self._stand_in(number, leaves_of((args, kwargs)))
+            return self._stand_in(number, args, kwargs)
         self._counting = False
         try:
             output = own(*args, **kwargs)
@@ -128,10 +128,11 @@ class Stage:
             raise _Cut
         return output
 
-    def _stand_in(self, number: int, given: Sequence[Any]) -> Any:
+    def _stand_in(self, number: int, args: Any, kwargs: Any) -> Any:
         """What an earlier stage's call returned, as far as anything here depends on it."""
         assert self._flow is not None
         one = self._flow.calls[number]
+        given = leaves_of((args, kwargs)) if any(isinstance(leaf, Passed) for leaf in one.leaves) else ()
         leaves: list[Any] = []
         for index, leaf in enumerate(one.leaves):
             if isinstance(leaf, Passed):

@@ -212,6 +212,16 @@ def test_a_file_in_the_working_directory_does_not_shadow_the_library(
         starter.close()
 
 
+def test_nor_does_one_beside_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "profile.py").write_text("raise RuntimeError('shadowed')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    starter = Zygote.start(("cProfile",), method="fork")  # which imports profile
+    try:
+        assert report(starter, tmp_path)["path"][0] == str(tmp_path)  # the job's own imports find it
+    finally:
+        starter.close()
+
+
 @pytest.mark.parametrize(("platform", "method"), [("linux", "fork"), ("darwin", "spawn")])
 def test_the_method_is_the_platforms(monkeypatch: pytest.MonkeyPatch, platform: str, method: str) -> None:
     monkeypatch.setattr("sys.platform", platform)

@@ -66,7 +66,7 @@ def on_ranks(rank: Rank, name: str, schedule: str, virtual: int, count: int | No
     names: set[str] = {name for name, _ in module.named_parameters()}
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
     how: dict[str, Any] = {"numbers": numbers, "kept": names, "shapes": shapes}
-    first = Flows(module, plan, contextlib.nullcontext, **how).route(steps[0][0], loss=loss)
+    first = Flows(module, plan, contextlib.nullcontext, **how).route(steps[0][0], None, loss=loss)
     names = {parameter for number in numbers for parameter in held(module, first.flow, first.parts[number])}
     stage = Stage(module, plan.blocks, names)
     stage.open()
@@ -95,7 +95,7 @@ def on_ranks(rank: Rank, name: str, schedule: str, virtual: int, count: int | No
     )
     for step in steps:
         values.append(0.0)
-        micros[:] = [Micro(one, flows.route(one, loss=loss)) for one in step]
+        micros[:] = [Micro(one, flows.route(one, None, loss=loss)) for one in step]
         pipeline.step(micros)
     assert sorted(reduced) == sorted(numbers * len(steps)), "once for each stage and step"
     return values, {n: p.grad for n, p in module.named_parameters() if n in names}

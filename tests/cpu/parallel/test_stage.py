@@ -135,9 +135,9 @@ def test_a_stage_sees_the_flow_of_the_whole_module(name: str) -> None:
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
     flows = Flows(module, plan, stage.closed, numbers=[1], kept=mine, shapes=shapes)
     state = torch.get_rng_state()
-    seen = flows.route(one, loss=loss).flow
+    seen = flows.route(one, None, loss=loss).flow
     assert torch.equal(torch.get_rng_state(), state)
-    assert flows.route(one, loss=loss).flow is seen
+    assert flows.route(one, None, loss=loss).flow is seen
     assert [call.needs for call in seen.calls] == [call.needs for call in known.calls]
     for a, b in zip(seen.calls, known.calls, strict=True):
         assert [leaf for leaf in a.leaves if isinstance(leaf, Made)] == [x for x in b.leaves if isinstance(x, Made)]
