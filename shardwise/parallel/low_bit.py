@@ -49,10 +49,15 @@ def _nearest(signed: bool) -> Tensor:
 
 
 def quantize(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
-    """Flat float32 values [n] -> codes uint8 [n] and scales float32 [ceil(n / 256)]."""
+    """Flat float32 values [n] -> codes uint8 [n] and scales float32 [ceil(n / 256)].
+
+    A scale has the sign of the value of largest magnitude, which comes back as it was; so what has come back is
+    quantized to the same codes and scales again.
+    """
     blocks = _in_blocks(values.float())
-    scales = blocks.abs().amax(1)
-    quotients = blocks / torch.where(scales > 0, scales, 1.0)[:, None]
+    least, most = blocks.aminmax(dim=1)
+    scales = torch.where(-least > most, least, most)
+    quotients = blocks / torch.where(scales != 0, scales, 1.0)[:, None]
     places = quotients.to(torch.bfloat16).view(torch.int16).flatten().int().add_(32768)
     return torch.index_select(_nearest(signed).to(values.device), 0, places)[: values.numel()], scales
 

@@ -22,6 +22,7 @@ from shardwise.parallel.alone import Alone
 from shardwise.parallel.batchnorm import BatchNormSync, batch_norms
 from shardwise.parallel.coupling import UNKNOWN, agree
 from shardwise.parallel.exact import ShardBuffers
+from shardwise.parallel.parts import Part
 from shardwise.parallel.precision import Formats, LossScaler
 from shardwise.parallel.recompute import Recomputed, recomputing
 from shardwise.parallel.reducer import Reducer
@@ -91,7 +92,8 @@ class Replica:
         if pipelined is not None:
             pipelined.attach(self)
         self._buffers = ShardBuffers(module, self.axis) if shards else None
-        self.updates = updates(module, self.named(), plan, scratch)
+        part = Part(plan, mesh, self.shapes, tensors.owned if tensors is not None else ())
+        self.updates = updates(module, self.named(), plan, scratch, part)
         self.synchroniser = synchroniser(
             self.named, mesh, plan.sync, shards=shards, allow=allow, tables=_sparse_embeddings(module), units=units
         )
@@ -125,6 +127,7 @@ class Replica:
         """Every rank has the whole module, to keep. Collective."""
         if self.units is not None:
             self.units.dissolve()
+        self.updates.gather()
         if self.pipelined is not None:
             self.pipelined.gather()
         if self.tensors is not None:

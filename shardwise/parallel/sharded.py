@@ -21,6 +21,8 @@ from shardwise.parallel.rows import Cut, Rows
 from shardwise.parallel.scatter import Scatter
 from shardwise.parallel.synchronise import Optimizers, Synchroniser
 from shardwise.parallel.units import Units, places_of
+from shardwise.parallel.updates import shrinks
+from shardwise.spec.layout import has_master_rows
 from shardwise.spec.plan import Plan
 
 
@@ -39,7 +41,7 @@ def gathered(module: nn.Module, names: Sequence[str], mesh: Mesh) -> Units:
     group = mesh.axis("shard").group
     assert group is not None
     places = places_of(module, names)
-    cuts = []
+    cuts, small = [], shrinks(module, mesh.plan)
     for name, p in module.named_parameters():
         if name in places and p.dim():
             if p._backward_hooks or p._post_accumulate_grad_hooks:
@@ -47,7 +49,8 @@ def gathered(module: nn.Module, names: Sequence[str], mesh: Mesh) -> Units:
                     f"'{name}' has a hook on its gradient, which zero=3 would not call: there the gradient is another "
                     "tensor's. Take the hook off, or use zero=2."
                 )
-            whole = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=p.device), p.requires_grad)
+            dtype = torch.bfloat16 if id(p) in small else p.dtype
+            whole = nn.Parameter(torch.empty(p.shape, dtype=dtype, device=p.device), p.requires_grad)
             cuts.append(Cut(name, whole, p, places[name]))
     return Units(module, cuts, group)
 
@@ -64,7 +67,7 @@ class ShardedUpdates(Synchroniser):
         plan, group = mesh.plan, mesh.axis("shard").group
         assert group is not None
         self._named, self._group, self._units = named, group, units
-        self._whole = units is None
+        self._whole, self._plan = units is None, plan
         self._known: set[int] = set()  # optimizers that may update by rows
         self._device = mesh.device
         self._scatter: Scatter | None = None
@@ -134,11 +137,15 @@ class ShardedUpdates(Synchroniser):
             return self._scatter.rows.get(name)
         return None if p.grad is None else rows.own(index, p.grad, self._group.rank())
 
-    def _spread(self) -> None:
+    def loaded(self) -> None:
+        if self._whole and has_master_rows(self._plan):
+            self._spread(frozen=True)
+
+    def _spread(self, *, frozen: bool = False) -> None:
         """Every rank takes the rows that the others have updated, one parameter dtype after the other."""
         kinds: dict[torch.dtype, list[Tensor]] = {}
         for _, p in self._named():
-            if p.requires_grad and p.dim():
+            if (p.requires_grad or frozen) and p.dim():
                 kinds.setdefault(p.dtype, []).append(p.data)
         for tensors in kinds.values():
             rows = Rows([t.shape for t in tensors], self._group.size())

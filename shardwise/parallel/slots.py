@@ -6,6 +6,8 @@ float32 | bfloat16 | int8 with scales     in the device's memory | in the host's
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ from shardwise.parallel.spill import Buffer, Spill
 
 Format = Literal["float32", "bfloat16", "int8"]
 Where = Literal["none", "host", "disk"]
-CODES, SCALES = "codes", "scales"  # an 8-bit state in a checkpoint
+CODES, SCALES = "codes", "block_scales"  # an 8-bit state in a checkpoint
 QUANTUM = 4096  # elements: pieces begin at multiples, which all formats can be cut at
 
 
@@ -129,6 +131,25 @@ class Slot:
     def flush(self, start: int, piece: Any) -> None:
         self.main.flush(start, piece)
 
+    @property
+    def in_blocks(self) -> bool:
+        """Whether it has scales for blocks of this rank's elements."""
+        return self._scales is not None
+
+    @property
+    def size(self) -> int:
+        """Bytes of all of it as the optimizer sees it."""
+        return self.main.count * self.dtype.itemsize
+
+    def widen(self, into: Tensor) -> None:
+        """Write all of it, as the optimizer sees it, into a flat tensor, a piece at a time."""
+        main = self.main.whole()
+        assert self._scales is not None
+        for start in range(0, self.main.count, QUANTUM * BLOCK):
+            part = main[start : start + QUANTUM * BLOCK]
+            scales = self._scales.whole()[start // BLOCK :][: -(-len(part) // BLOCK)]
+            into[start : start + len(part)] = dequantize(part, scales, signed=self.signed)
+
     def shown(self, like: Tensor) -> Any:
         """As a checkpoint has it: a tensor in the shape of the parameter, or a dict of two."""
         if self._scales is not None:
@@ -165,9 +186,30 @@ class Slots(NamedTuple):
         return Slot(self.kept, dtype, signed=signed, main=self._array(count, kind, device), scales=scales)
 
     def _array(self, count: int, dtype: torch.dtype, device: torch.device) -> Array:
-        if self.spill is not None:
+        if self.spill is not None and count:
             return OnDisk(count, dtype, device, self.spill)
         return InMemory(count, dtype, device, host=self.where == "host")
+
+
+class Wide:
+    """States as an optimizer sees them, for a checkpoint: in a file in `folder`, so that they take no memory."""
+
+    def __init__(self, slots: Sequence[Slot], folder: str | Path | None) -> None:
+        self._spill = Spill(folder) if slots else None
+        self._places = {id(s): self._spill.reserve(s.size) for s in slots if self._spill and s.main.count}
+
+    def shown(self, slot: Slot, like: Tensor) -> Any:
+        """A tensor in the shape of the part of the parameter; what was not named before is shown as it is kept."""
+        if self._spill is None or id(slot) not in self._places:
+            return slot.shown(like)
+        found = self._spill.mapped(self._places[id(slot)], slot.dtype, slot.main.count)
+        slot.widen(found)
+        return shaped(found, like)
+
+    def close(self) -> None:
+        """The disk has its room back."""
+        if self._spill is not None:
+            self._spill.close()
 
 
 def flat(tensor: Tensor) -> Tensor:

@@ -127,6 +127,9 @@ class Synchroniser:
         """What a checkpoint must have for the next step to be the same, beyond the module and the optimizers."""
         return Kept(self._exchange.state() if self._exchange is not None else {}, {}, {})
 
+    def loaded(self) -> None:
+        """The module has this rank's part of what a checkpoint had. Collective."""
+
     def take(self, kept: KeptByAll, rank: int, optimizers: Optimizers) -> None:
         """Go on from what `keep` returned on the ranks of a checkpoint, perhaps another number of them."""
         ranks = max((len(rows) for rows in kept.rows.values()), default=0)

@@ -24,10 +24,12 @@ from torch.nn.modules.batchnorm import _NormBase
 from shardwise.errors import JobError
 from shardwise.models.blocks import find_blocks, num_parameters
 from shardwise.parallel.low_bit import UNSIGNED, dequantize, round_by_chance
+from shardwise.parallel.parts import Part
 from shardwise.parallel.pieces import works_on_pieces
-from shardwise.parallel.slots import CODES, QUANTUM, SCALES, Slot, Slots, flat, shaped
+from shardwise.parallel.slots import CODES, QUANTUM, SCALES, Slot, Slots, Wide, flat, shaped
 from shardwise.parallel.spill import Spill
 from shardwise.plan.formats import updates_in_pieces
+from shardwise.spec.layout import has_master_rows
 from shardwise.spec.plan import Plan
 
 Named = Sequence[tuple[str, nn.Parameter]]
@@ -37,6 +39,10 @@ MOST = 1 << 20  # elements of a piece
 
 class Updates:
     """The optimizers as they are."""
+
+    def __init__(self, named: Named = (), part: Part | None = None) -> None:
+        self._names = {id(p): name for name, p in named}
+        self._part = part or Part()
 
     def step(self, optimizers: Optimizers) -> None:
         """Every parameter that has a gradient follows it."""
@@ -53,10 +59,13 @@ class Updates:
         for optimizer in optimizers:
             for p, state in optimizer.state.items():
                 for key, value in state.items():
-                    if isinstance(value, dict):
+                    if isinstance(value, dict) and self._part.cut:
+                        wide = self._part.widened(self._names[id(p)], value, signed=key not in UNSIGNED)
+                        state[key] = wide.to(p.dtype)
+                    elif isinstance(value, dict):
                         wide = dequantize(flat(value[CODES]), value[SCALES], signed=key not in UNSIGNED)
                         state[key] = shaped(wide.to(p.dtype), p)
-                    elif _is_state(value, p.shape):
+                    elif _is_state(value, self._part.rows(p.data).shape):
                         state[key] = value.to(p.dtype)
 
     def empty(self, parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
@@ -69,6 +78,9 @@ class Updates:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
+
+    def gather(self) -> None:
+        """The parameters have the format that they were built in, for good. Collective."""
 
     def close(self) -> None:
         """Parameters are as they were built."""
@@ -102,7 +114,7 @@ class _Piece(NamedTuple):
         return {key: slot.fetch(self.start, self.stop) for key, slot in slots.items()}
 
 
-def _refuse_gaps(name: str, p: nn.Parameter) -> None:
+def _refuse_gaps(name: str, p: Tensor) -> None:
     """Raise JobError for a parameter whose elements do not lie side by side: pieces of it would be others' memory."""
     least = 1
     for stride, size in sorted((stride, size) for stride, size in zip(p.stride(), p.shape, strict=True) if size > 1):
@@ -120,23 +132,27 @@ class PiecewiseUpdates(Updates):
     What belongs to parameters of fewer than `QUANTUM` elements, or of one dimension (biases, scales), stays in memory
     in float32. Under `parameters=bfloat16` the module has bfloat16 from now on, norms with running statistics left
     out: torch has them in float32 only. Random numbers for rounding follow from
-    the number of updates and the parameter's name, so that they are the same on every replica and after a resume.
+    the number of updates, the parameter's name and which part of it this is, so that they are the same on every
+    replica and after a resume. `part` says which part of the parameters this rank updates.
     """
 
-    def __init__(self, module: nn.Module, named: Named, plan: Plan, folder: str | Path | None) -> None:
-        self._plan = plan
+    def __init__(
+        self, module: nn.Module, named: Named, plan: Plan, folder: str | Path | None, part: Part | None = None
+    ) -> None:
+        super().__init__(named, part)
+        self._plan, self._named, self._folder = plan, named, folder
         self._spill = Spill(folder) if plan.offload.optimizer == "disk" else None
         self._states = Slots(plan.states, plan.offload.optimizer, self._spill)
         self._masters = Slots("float32", plan.offload.optimizer, self._spill)
         largest = max((num_parameters([block]) for block in find_blocks(module).values()), default=MOST)
         self._most = max(QUANTUM, min(MOST, largest // 3) // QUANTUM * QUANTUM)
         self._plain = Slots("float32", "none", None)
-        shrinking = _shrinking(module) if plan.parameters == "bfloat16" else set()
+        shrinking = shrinks(module, plan)
         self._kept: dict[int, _Kept] = {}
         for name, p in named:
-            large = p.numel() >= QUANTUM and p.dim() > 1
+            large = self._part.elements(name, p) >= QUANTUM and p.dim() > 1
             if large or id(p) in shrinking:
-                _refuse_gaps(name, p)
+                _refuse_gaps(name, self._part.rows(p.data))
                 self._kept[id(p)] = _Kept(name, p, large=large)
         self._cut: dict[int, bool] = {}  # whether an optimizer steps on parts of a parameter too
         self._loading: dict[int, Slot] = {}
@@ -201,7 +217,7 @@ class PiecewiseUpdates(Updates):
                 if id(p) not in self._kept or p.grad is None:
                     continue
                 size = self._most if self._cut[number] and self._kept[id(p)].large else p.numel()
-                for start in range(0, p.numel(), size):
+                for start in range(0, max(1, p.numel()), max(1, size)):  # a part may be empty
                     yield _Piece(self._kept[id(p)], optimizer, group, start, min(start + size, p.numel()))
 
     def _step_piece(self, piece: _Piece, fetched: dict[Any, Any], *, first: bool) -> Callable[[], None]:
@@ -276,31 +292,32 @@ class PiecewiseUpdates(Updates):
         return made.make(count, dtype, kept.parameter.device, signed=key not in UNSIGNED)
 
     def _generator(self, piece: _Piece) -> torch.Generator:
-        seed = zlib.crc32(f"{self._count} {piece.kept.name} {piece.start}".encode())
+        name = piece.kept.name
+        seed = zlib.crc32(f"{self._count} {name} {piece.start}{self._part.place(name)}".encode())
         return torch.Generator(piece.kept.parameter.device).manual_seed(seed)
 
     def _shrink(self, kept: _Kept) -> None:
-        """A parameter becomes bfloat16; its numbers go into its master, if it has one."""
+        """A parameter becomes bfloat16; its numbers, where this rank updates it, go into its master, if it has one."""
         p = kept.parameter
         if self._plan.master == "float32":
-            made = self._masters if kept.large else self._plain
-            kept.master = made.make(p.numel(), p.dtype, p.device)
-            kept.master.take(p.data, torch.Generator())
+            made, mine = self._masters if kept.large else self._plain, self._part.rows(p.data)
+            kept.master = made.make(mine.numel(), p.dtype, p.device)
+            kept.master.take(mine, torch.Generator())
         p.data = p.data.to(torch.bfloat16)
 
     # Checkpoints.
 
     @contextlib.contextmanager
     def shown(self, optimizers: Optimizers) -> Iterator[None]:
-        masters = [(kept.parameter, kept.master) for kept in self._kept.values() if kept.master is not None]
-        small = [p.data for p, _ in masters]
+        values = self._values()
+        small = [p.data for p, _ in values]
         holders = {id(p): o for o in optimizers for g in o.param_groups for p in g["params"] if id(p) in self._kept}
+        wide = Wide([slot for each in holders for slot in self._in_blocks(each)], self._folder)
         given: dict[int, dict[Any, Any]] = {}
-        shown = [master.shown(p) for p, master in masters]
         for each in holders:
             kept = self._kept[each]
-            given[each] = {key: slot.shown(kept.like) for key, slot in kept.slots.items()}
-        for (p, _), data in zip(masters, shown, strict=True):  # from here on nothing can fail
+            given[each] = {key: wide.shown(slot, kept.like) for key, slot in kept.slots.items()}
+        for p, data in values:  # from here on nothing can fail
             p.data = data
         for each, optimizer in holders.items():
             kept = self._kept[each]
@@ -311,14 +328,34 @@ class PiecewiseUpdates(Updates):
         finally:
             for each, optimizer in holders.items():
                 self._take(self._kept[each], optimizer.state.pop(self._kept[each].parameter, {}), given.get(each, {}))
-            for (p, _), data in zip(masters, small, strict=True):
-                data.copy_(p.data)
+            for (p, _), data in zip(values, small, strict=True):
+                mine = self._part.rows(data)
+                if mine.data_ptr() != p.data.data_ptr():
+                    mine.copy_(p.data)
                 p.data = data
             self._loading.clear()
             given.clear()
-            shown.clear()
+            values.clear()
+            wide.close()
             if self._spill is not None:
                 self._spill.settle()
+
+    def _values(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """What a checkpoint has in the place of parameters: masters, of this rank's rows where it has no more of them;
+        then rows of the other parameters too."""
+        found = []
+        for _, p in self._named:
+            master, mine = self._kept[id(p)].master if id(p) in self._kept else None, self._part.rows(p.data)
+            if master is not None:
+                found.append((p, master.shown(mine)))
+            elif has_master_rows(self._plan):
+                found.append((p, mine))
+        return found
+
+    def _in_blocks(self, each: int) -> list[Slot]:
+        """The states whose scales are for blocks of a part, which no other layout can use."""
+        kept = self._kept[each]
+        return [slot for slot in kept.slots.values() if slot.in_blocks and self._part.cut]
 
     def _take(self, kept: _Kept, found: dict[Any, Any], given: dict[Any, Any]) -> None:
         """What is in an optimizer's state after it has been shown: what was there, or what was loaded."""
@@ -326,6 +363,8 @@ class PiecewiseUpdates(Updates):
         for key, value in found.items():
             if key in given and value is given[key]:
                 continue
+            if isinstance(value, dict) and self._part.cut:
+                value = self._part.widened(kept.name, value, signed=key not in UNSIGNED)
             if isinstance(value, Tensor) and id(value) in self._loading:
                 kept.slots[key] = self._loading[id(value)]
             elif isinstance(value, dict) or self._is_loaded_state(value, kept.parameter):
@@ -366,20 +405,31 @@ class PiecewiseUpdates(Updates):
     def load_state(self, state: dict[str, Any]) -> None:
         self._count = int(state.get("updates", self._count))
 
-    def close(self) -> None:
+    def gather(self) -> None:
+        for kept in self._kept.values():
+            if kept.master is not None and self._plan.shard > 1:
+                p, mine = kept.parameter, kept.master.main.whole().to(kept.parameter.device)
+                p.data, kept.master = self._part.whole(mine, p.data), None
+        self._widen_parameters()
+
+    def _widen_parameters(self) -> None:
         for kept in self._kept.values():
             p = kept.parameter
-            if kept.master is not None:
+            if kept.master is not None and kept.master.main.count == p.numel():
                 p.data = kept.master.shown(p).clone()
             elif p.dtype != kept.built:
                 p.data = p.data.to(kept.built)
+            kept.master = None
+
+    def close(self) -> None:
+        self._widen_parameters()
         if self._spill is not None:
             self._spill.close()
 
 
-def updates(module: nn.Module, named: Named, plan: Plan, folder: str | Path | None) -> Updates:
+def updates(module: nn.Module, named: Named, plan: Plan, folder: str | Path | None, part: Part) -> Updates:
     """What the plan asks for; `named` are the parameters that this rank has."""
-    return PiecewiseUpdates(module, named, plan, folder) if updates_in_pieces(plan) else Updates()
+    return PiecewiseUpdates(module, named, plan, folder, part) if updates_in_pieces(plan) else Updates(named, part)
 
 
 @contextlib.contextmanager
@@ -406,8 +456,10 @@ def _is_state(value: Any, shape: Sequence[int]) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0 and value.shape == tuple(shape)
 
 
-def _shrinking(module: nn.Module) -> set[int]:
-    """The parameters that become bfloat16."""
+def shrinks(module: nn.Module, plan: Plan) -> set[int]:
+    """The ids of the parameters that become bfloat16."""
+    if plan.parameters != "bfloat16":
+        return set()
     norms = {id(p) for part in module.modules() if isinstance(part, _NormBase) for p in part.parameters(recurse=False)}
     return {id(p) for p in module.parameters() if p.dtype == torch.float32 and p.dim() > 0 and id(p) not in norms}
 

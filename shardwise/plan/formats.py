@@ -44,13 +44,6 @@ def _refuse_with_pieces(plan: Plan, said: str) -> None:
         )
     if plan.exact and plan.parameters != "float32":
         raise SpecError("exact=true does not go with parameters=bfloat16: their sums would lose what order they had.")
-    if plan.tensor > 1:
-        raise SpecError(f"{said} does not go with tensor={plan.tensor} yet. Leave one of them out.")
-    if plan.shard > 1 and (plan.parameters != "float32" or plan.states == "int8"):
-        raise SpecError(
-            f"{said} does not go with shard={plan.shard} yet: rows are cut from float32 parameters, and 8-bit states "
-            "have scales for more than a row. Use states=bfloat16 or offload.optimizer=disk, or no shard axis."
-        )
 
 
 def refuse_host(plan: Plan, kind: str) -> None:

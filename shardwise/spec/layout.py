@@ -20,6 +20,7 @@ Span = tuple[int, int]
 _SPLIT_DIM = {"column": 0, "vocabulary": 0, "experts": 0, "row": 1}
 _V_SCHEDULES = ("zbv", "dualpipev")  # their second half of stages runs back from the last rank to the first
 _SMALLEST_CUT_BYTES = 64 * 1024
+_IN_BLOCKS = "/block_scales"  # numbers for blocks of 256 elements of a parameter, not for its rows
 
 
 class Box(Struct, frozen=True, forbid_unknown_fields=True):
@@ -62,7 +63,7 @@ def boxes(name: str, shape: Shape, plan: Plan, rank: int) -> tuple[Box, ...]:
       For two ranks, `(3, 2)` cuts 5 heads into 3 and 2, and `(4, 4, 1, 1, 1, 1)` halves a fused query (8 heads), key (2
       heads) and value (2 heads) weight.
     - shard: dim 0 of what is left, in ceil-sized chunks (FSDP2's rule). Buffers are never sharded; parameters only
-      with `zero=3`, optimizer state always.
+      with `zero=3` or where a rank has a master of its rows alone, optimizer state always.
     - data, context, expert: whole replicas.
 
     A tensor `sync/...` holds what each rank keeps for itself: dim 0 counts the ranks, whatever the axes.
@@ -178,6 +179,8 @@ def _sides(name: str, shape: Shape, plan: Plan, rank: int) -> list[list[Span]]:
     """For each dim the spans that `rank` holds; at most one dim has several."""
     if _is_own(name):
         return [[_chunk(shape[0], plan.ranks, rank)], *([(0, extent)] for extent in shape[1:])]
+    if name.startswith("optimizer/") and name.endswith(_IN_BLOCKS):
+        return [[(0, extent)] for extent in shape]
     at = plan.coordinates(rank)
     dim, spans = _tensor_cut(name, shape, plan, at["tensor"])
     cut: dict[int, list[Span]] = {dim: spans} if dim is not None else {}
@@ -290,7 +293,12 @@ def _is_own(name: str) -> bool:
 
 def _is_sharded(name: str, plan: Plan) -> bool:
     head = name.partition("/")[0]
-    return head == "optimizer" or (head != "buffer" and plan.zero == 3)
+    return head == "optimizer" or (head != "buffer" and (plan.zero == 3 or has_master_rows(plan)))
+
+
+def has_master_rows(plan: Plan) -> bool:
+    """Whether a rank's float32 values of the parameters are masters, of its rows alone."""
+    return plan.shard > 1 and plan.parameters == "bfloat16" and plan.master == "float32"
 
 
 def _chunk(extent: int, parts: int, index: int) -> Span:

@@ -262,7 +262,7 @@ def build_replica(job: TrainJob, plan: Plan, mesh: Mesh, *, scratch: Path | None
 def _part(name: str, shape: Shape, plan: Plan, rank: int) -> Sequence[Box]:
     """What a rank builds of a parameter: its part of what its stages have, and of that its rows where it keeps no
     more."""
-    cut = structs.replace(plan, zero=plan.zero if built_by_rows(plan) else 1)
+    cut = plan if built_by_rows(plan) else structs.replace(plan, zero=1, parameters="float32", master="float32")
     return boxes(f"model/{name}", shape, cut, rank)
 
 

@@ -71,6 +71,7 @@ class Saver:
             )
         if found is None:
             return State()
+        replica.synchroniser.loaded()
         if found.manifest.plan.states != self.mesh.plan.states:
             replica.updates.widen(optimizers.optimizers)
         replica.load_state(found.scalars["replica"])
