@@ -49,8 +49,21 @@ def test_what_comes_back_from_eight_bits_is_within_the_bound(count: int, seed: i
     assert codes.dtype == torch.uint8
     assert (len(codes), len(scales)) == (count, -(-count // BLOCK))
     error = (dequantize(codes, scales, signed=signed) - values).abs()
-    largest = scales.repeat_interleave(BLOCK)[:count]
+    largest = scales.abs().repeat_interleave(BLOCK)[:count]
     assert bool((error <= ERROR[signed] * largest * 1.0001 + 2e-45).all()), "and the last bit of the smallest numbers"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3 * BLOCK + 7), st.integers(0, 10**6), st.sampled_from([1e-20, 1e-8, 1.0, 1e20]), st.booleans())
+def test_what_has_come_back_is_kept_to_the_bit(count: int, seed: int, size: float, signed: bool) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    values = torch.randn(count, generator=draw) * torch.rand(count, generator=draw) ** 6 * size
+    codes, scales = quantize(values if signed else values.abs(), signed=signed)
+    back = dequantize(codes, scales, signed=signed)
+    again = quantize(back, signed=signed)
+    assert torch.equal(again[0], codes)
+    assert torch.equal(again[1], scales)
+    assert torch.equal(dequantize(*again, signed=signed), back)
 
 
 def test_the_codes_are_256_and_dense_near_zero() -> None:

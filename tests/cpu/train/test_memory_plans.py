@@ -161,6 +161,23 @@ def test_other_formats_go_on_from_a_checkpoint(before: str, after: str, blocks: 
     assert losses(went_on.path)[-5:] == pytest.approx(losses(whole.path)[3:], rel=0.1)
 
 
+PARTS = [
+    "tensor=2,states=int8,offload.optimizer=disk",
+    "shard=2,zero=1,precision=bfloat16,parameters=bfloat16",
+    "shard=2,zero=3,precision=bfloat16,parameters=bfloat16,states=int8",
+    "tensor=2,precision=bfloat16,parameters=bfloat16,states=bfloat16",
+]
+
+
+@pytest.mark.parametrize("plan", [pytest.param(p, marks=[pytest.mark.slow] if p in PARTS[2:] else []) for p in PARTS])
+def test_ranks_with_parts_go_on_with_the_same_bits(plan: str, blocks: Train, tmp_path: Path) -> None:
+    whole = blocks(plan=plan)
+    went_on = killed_then(plan, plan, blocks, tmp_path)
+    assert losses(went_on.path)[-5:] == losses(whole.path)[3:]
+    for name, tensor in weights(whole.path).items():
+        assert torch.equal(weights(went_on.path)[name], tensor), name
+
+
 def test_masters_are_what_a_checkpoint_has(blocks: Train) -> None:
     run = blocks(plan=LOW)
     assert {tensor.dtype for tensor in weights(run.path).values()} == {torch.float32}

@@ -95,7 +95,6 @@ def test_a_plan_string_reads_back(text: str) -> None:
         ("states=int8,data=2,sync=compressed", "all_reduce"),
         ("offload.optimizer=disk,data=2,sync=local", "all_reduce"),
         ("parameters=bfloat16,precision=bfloat16,exact=true", "exact=true"),
-        ("states=int8,shard=2", "shard=2"),
     ],
 )
 def test_what_does_not_go_together_is_refused(text: str, says: str) -> None:
