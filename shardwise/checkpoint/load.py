@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
+from msgspec import structs
 
 from shardwise import events
 from shardwise.checkpoint.manifest import DamagedCheckpoint, Entry, Manifest, committed, key_of, read, sizes_agree
@@ -184,9 +185,13 @@ def _kind(name: str) -> str:
 
 
 def _difference(name: str, tensor: torch.Tensor, entry: Entry, plan: Plan, rank: int) -> str:
-    here = holds(name, plan, rank)  # what another stage has keeps its shape, without memory
-    expected = local_shape(name, entry.shape, plan, rank) if here else entry.shape
     found, dtype = tuple(local_part(tensor).shape), dtype_name(tensor, name)
+    if not holds(
+        name, plan, rank
+    ):  # what another stage has: the shape of its split and the format that it was built in
+        plan = structs.replace(plan, zero=1, parameters="float32", master="float32")
+        dtype = entry.dtype
+    expected = local_shape(name, entry.shape, plan, rank)
     if (found, dtype) == (expected, entry.dtype):
         return ""
     return f"{name}: {entry.dtype}{list(expected)} in the checkpoint, {dtype}{list(found)} in the model"
