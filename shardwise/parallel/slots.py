@@ -196,12 +196,14 @@ class Wide:
 
     def __init__(self, slots: Sequence[Slot], folder: str | Path | None) -> None:
         self._spill = Spill(folder) if slots else None
-        self._places = {id(s): self._spill.reserve(s.size) for s in slots if self._spill and s.main.count}
+        self._places = {id(slot): self._spill.reserve(slot.size) for slot in slots if self._spill is not None}
 
     def shown(self, slot: Slot, like: Tensor) -> Any:
         """A tensor in the shape of the part of the parameter; what was not named before is shown as it is kept."""
         if self._spill is None or id(slot) not in self._places:
             return slot.shown(like)
+        if not slot.main.count:  # of a rank whose part is empty
+            return torch.empty(like.shape, dtype=slot.dtype)
         found = self._spill.mapped(self._places[id(slot)], slot.dtype, slot.main.count)
         slot.widen(found)
         return shaped(found, like)

@@ -81,7 +81,7 @@ class Spill:
             place = Place(self._size, size)
             self._size += padded
         try:
-            if hasattr(os, "posix_fallocate"):
+            if hasattr(os, "posix_fallocate") and padded:
                 os.posix_fallocate(self._cached, place.offset, padded)
             else:
                 os.ftruncate(self._cached, self._size)

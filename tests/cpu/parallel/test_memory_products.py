@@ -17,7 +17,7 @@ from shardwise.checkpoint.load import latest, read_tensors
 from shardwise.checkpoint.store import LocalStore
 from shardwise.models.cuts import profile_calls
 from shardwise.models.losses import cross_entropy, next_token_loss
-from shardwise.parallel.low_bit import dequantize
+from shardwise.parallel.low_bit import BLOCK, ERROR, dequantize
 from shardwise.parallel.parallelize import Replica, parallelize
 from shardwise.parallel.slots import InMemory, OnDisk
 from shardwise.parallel.step import step
@@ -308,7 +308,8 @@ BYTES = {  # a parameter's masters, states, and what is on disk
 }
 
 
-@pytest.mark.parametrize("formats", ["masters", *(pytest.param(f, marks=pytest.mark.slow) for f in BYTES)])
+@pytest.mark.slow
+@pytest.mark.parametrize("formats", BYTES)
 def test_a_rank_holds_the_bytes_of_its_part(formats: str) -> None:
     """Biases and norms, 320 of 57,312 elements, are in float32, and a tensor axis has them whole."""
     masters, states, disk = BYTES[formats]
