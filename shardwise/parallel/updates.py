@@ -154,6 +154,7 @@ class PiecewiseUpdates(Updates):
             if large or id(p) in shrinking:
                 _refuse_gaps(name, self._part.rows(p.data))
                 self._kept[id(p)] = _Kept(name, p, large=large)
+                self._kept[id(p)].like = torch.empty_like(self._part.rows(p.data), device="meta")
         self._cut: dict[int, bool] = {}  # whether an optimizer steps on parts of a parameter too
         self._loading: dict[int, Slot] = {}
         self._count = 0
