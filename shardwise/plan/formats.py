@@ -37,10 +37,11 @@ def refuse_formats(plan: Plan) -> None:
 
 
 def _refuse_with_pieces(plan: Plan, said: str) -> None:
-    if plan.sync.word != "all_reduce":
+    shown = ("all_reduce", "compressed") if plan.parameters == "float32" else ("all_reduce",)
+    if plan.sync.word not in shown:
         raise SpecError(
             f"{said} does not go with {name(plan.sync.word, plan.sync.method)}: nothing has shown that they work "
-            "together. Use sync=all_reduce."
+            f"together. Use sync={' or '.join(shown)}."
         )
     if plan.exact and plan.parameters != "float32":
         raise SpecError("exact=true does not go with parameters=bfloat16: their sums would lose what order they had.")

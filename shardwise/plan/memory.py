@@ -47,14 +47,15 @@ def _shard(parts: dict[str, int], plan: Plan, profile: ModelProfile) -> None:
     With zero=3 two of the blocks are whole at a time, the one that computes and one whose gradients leave; what is in
     no block is whole for all of the step, and so is its gradient in the end.
     """
-    each = [block.parameter_bytes for block in repeated(profile)]
-    largest = max(each, default=0)
+    width = parameter_width(plan)
+    each = [int(block.parameter_bytes * width) for block in repeated(profile)]
+    largest, rest = max(each, default=0), int(profile.parameter_bytes * width) - sum(each)
     sharded = {"optimizer": 1, "gradients": 2, "parameters": 3}
     for part, zero in sharded.items():
         if plan.zero >= zero and not (part == "gradients" and plan.stages):
             parts[part] = -(-parts[part] // plan.shard)
     if plan.shard > 1 and plan.zero > 1:
-        parts["gathered"] = 2 * largest + 2 * (profile.parameter_bytes - sum(each)) if plan.zero == 3 else largest
+        parts["gathered"] = 2 * largest + 2 * rest if plan.zero == 3 else largest
 
 
 def _activations(profile: ModelProfile, plan: Plan) -> int:

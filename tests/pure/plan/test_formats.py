@@ -92,7 +92,8 @@ def test_a_plan_string_reads_back(text: str) -> None:
         ("master=none", "parameters=bfloat16"),
         ("parameters=bfloat16", "precision=bfloat16"),
         ("states=int8,precision=float64", "precision=float64"),
-        ("states=int8,data=2,sync=compressed", "all_reduce"),
+        ("parameters=bfloat16,precision=bfloat16,data=2,sync=compressed", "Use sync=all_reduce"),
+        ("states=int8,data=2,sync=auto", "Use sync=all_reduce or compressed"),
         ("offload.optimizer=disk,data=2,sync=local", "all_reduce"),
         ("parameters=bfloat16,precision=bfloat16,exact=true", "exact=true"),
     ],
@@ -100,6 +101,12 @@ def test_a_plan_string_reads_back(text: str) -> None:
 def test_what_does_not_go_together_is_refused(text: str, says: str) -> None:
     with pytest.raises(SpecError, match=says):
         refuse_unbuilt(build_plan(parse_plan(text)))
+
+
+@pytest.mark.parametrize("axes", ["shard=2,zero=1", "shard=2,zero=3", "tensor=2", "shard=2,tensor=2,pipeline=2"])
+@pytest.mark.parametrize("text", ["states=int8", "parameters=bfloat16,precision=bfloat16", "offload.optimizer=disk"])
+def test_axes_that_leave_a_rank_a_part_go_with_all_formats(axes: str, text: str) -> None:
+    refuse_unbuilt(build_plan(parse_plan(f"{axes},{text}")))
 
 
 @pytest.mark.parametrize("field", ["parameters", "states"])
