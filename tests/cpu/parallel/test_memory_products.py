@@ -323,7 +323,7 @@ BYTES = {  # a parameter's masters, states, and what is on disk
 @pytest.mark.slow
 @pytest.mark.parametrize("formats", BYTES)
 def test_a_rank_holds_the_bytes_of_its_part(formats: str) -> None:
-    """Biases and norms, 320 of 57,312 elements, are in float32, and a tensor axis has them whole."""
+    """Biases and norms, 320 of 114,624 elements, are in float32, and a tensor axis has them whole."""
     masters, states, disk = BYTES[formats]
     count = sum(p.numel() for p in gpt().parameters())
     width = 2 if "masters" in formats else 4
