@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,8 +72,15 @@ class _Here(NamedTuple):
 class Offloaded:
     """Where the activations of one module go. `around` is for its forward passes; backward finds them by itself."""
 
-    def __init__(self, module: nn.Module, where: str, device: torch.device, folder: str | Path | None) -> None:
-        self._module, self._device = module, device
+    def __init__(
+        self,
+        module: nn.Module,
+        where: str,
+        device: torch.device,
+        folder: str | Path | None,
+        gathered: Sequence[Tensor] = (),
+    ) -> None:
+        self._module, self._device, self._gathered = module, device, gathered
         self._spill = Spill(folder) if where == "disk" else None
         self._free: dict[int, list[tuple[Place, Future[None]]]] = {}  # and who may still be writing there
         self._known: dict[int, tuple[StorageWeakRef, int, weakref.ref[_Away]]] = {}  # by storage
@@ -84,7 +91,7 @@ class Offloaded:
     @contextlib.contextmanager
     def around(self) -> Iterator[None]:
         """In this block what autograd saves leaves."""
-        fixed = {t.untyped_storage()._cdata for t in (*self._module.parameters(), *self._module.buffers())}
+        fixed = {t.untyped_storage()._cdata for t in self._staying()}
 
         def pack(tensor: Tensor) -> Any:
             storage = tensor.untyped_storage()
@@ -99,6 +106,11 @@ class Offloaded:
         with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
             yield
         self._known.clear()
+
+    def _staying(self) -> Iterator[Tensor]:
+        """Parameters, also those that are whole only while they compute, and buffers."""
+        yield from (p.data for p in (*self._module.parameters(), *self._gathered))
+        yield from self._module.buffers()
 
     def _away(self, tensor: Tensor) -> _Away:
         storage = tensor.untyped_storage()
@@ -181,10 +193,12 @@ class Offloaded:
             self._spill.close()
 
 
-def offloaded(module: nn.Module, plan: Plan, device: torch.device, folder: str | Path | None) -> Offloaded | None:
-    """What the plan asks for; `folder` is where a file may lie."""
+def offloaded(
+    module: nn.Module, plan: Plan, device: torch.device, folder: str | Path | None, gathered: Sequence[Tensor]
+) -> Offloaded | None:
+    """What the plan asks for; `folder` is where a file may lie, `gathered` what parameters are while they compute."""
     where = plan.offload.activations
-    return Offloaded(module, where, device, folder) if where != "none" else None
+    return Offloaded(module, where, device, folder, gathered) if where != "none" else None
 
 
 def _unpack(saved: _Here | _Saved) -> Tensor:

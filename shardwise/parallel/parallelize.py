@@ -76,7 +76,8 @@ class Replica:
         self.coupled = coupled
         self.shards = shards
         self.formats = Formats(plan.precision, mesh.device)
-        self._offloaded = offloaded(module, plan, mesh.device, scratch)
+        wholes = [cut.whole for unit in (units.each if units is not None else ()) for cut in unit.cuts]
+        self._offloaded = offloaded(module, plan, mesh.device, scratch, wholes)
         if self._offloaded is not None:
             self.formats.around = self._offloaded.around
         self.scaler = LossScaler() if plan.precision == "float16" else None

@@ -49,6 +49,7 @@ FORMATS: dict[str, dict[str, Any]] = {
 AXES: dict[str, dict[str, Any]] = {
     "one": {},
     "tensor": {"tensor": 2},
+    "sequence, tensor": {"tensor": 2, "sequence": True},
     "zero 1": {"shard": 2, "zero": 1},
     "zero 2": {"shard": 2, "zero": 2},
     "zero 3": {"shard": 2, "zero": 3},
@@ -401,6 +402,7 @@ DISKS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"tensor": 2, "sequence": True, "recompute": Recompute(mode="selective")}, {"tensor": 2, "sequence": True}),
     ({"tensor": 2, "pipeline": 2}, {"tensor": 2, "pipeline": 2}),
     ({"tensor": 2, "shard": 2, "zero": 3}, {"tensor": 2, "shard": 2, "zero": 3}),
+    ({"shard": 2, "zero": 3, "recompute": Recompute(mode="full")}, {"shard": 2, "zero": 3}),
 ]
 
 
