@@ -20,7 +20,7 @@ from shardwise.parallel.tensor.mixture_proof import Mixed, Unfit
 from shardwise.parallel.tensor.mixtures import find_mixture, may_be_mixture, widened
 from shardwise.parallel.tensor.propose import Owned, Proposal, Refused, owned_under, propose
 from shardwise.parallel.tensor.prove import TOLERANCE, difference
-from shardwise.parallel.tensor.seen import Forward, Seen, Values, run_once, without_cache
+from shardwise.parallel.tensor.seen import Forward, Seen, Uses, Values, run_once, without_cache
 from shardwise.spec.layout import split_of
 from shardwise.spec.plan import DIMENSIONS, Plan, Split
 
@@ -167,8 +167,9 @@ class _Search:
 
     def _find_mixture(self, name: str, keep: frozenset[str], asked: Mapping[str, Ids]) -> Mixed | Unfit | None:
         part = self.module.get_submodule(name)
-        if not may_be_mixture(part, self.ranks, keep):
-            return None
+        with without_cache(part), Uses(self.names, self.values):  # a list of blocks is none, and too large for a twin
+            if not may_be_mixture(part, *self.seen.calls[name], self.ranks, keep):
+                return None
         twin, args, kwargs = self._twin(name, None)
         try:
             with without_cache(part):

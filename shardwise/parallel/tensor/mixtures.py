@@ -76,9 +76,10 @@ def _some(module: nn.Module) -> bool:
     return any(p.dim() > 1 for p in module.parameters())
 
 
-def may_be_mixture(module: nn.Module, ranks: int, keep: Collection[str] = ()) -> bool:
-    """Whether it looks like one, before anything is run."""
-    return bool(tables_of(module, ranks, keep)) or any(True for _ in lists_of(module, ranks))
+def may_be_mixture(module: nn.Module, args: Any, kwargs: Any, ranks: int, keep: Collection[str] = ()) -> bool:
+    """Whether it looks like one, before any proof."""
+    lists = lists_of(module, ranks)
+    return bool(tables_of(module, ranks, keep)) or any(_chooses(module, args, kwargs, paths) for paths in lists)
 
 
 def find_mixture(

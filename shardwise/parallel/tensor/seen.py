@@ -27,7 +27,7 @@ class Seen(NamedTuple):
     users: dict[str, set[tuple[str, ...]]]
 
 
-class _Uses(TorchFunctionMode):
+class Uses(TorchFunctionMode):
     """Notes in which modules each parameter is an operand, and puts its values in its place."""
 
     def __init__(self, names: Mapping[int, str], values: Values) -> None:
@@ -55,7 +55,7 @@ def run_once(module: nn.Module, batch: Any, forward: Forward | None, values: Val
     """What alike modules are called with is kept once: the first call's stands for the others'."""
     calls: dict[str, tuple[Any, Any]] = {}
     kinds: dict[Any, tuple[Any, Any]] = {}
-    uses = _Uses({id(p): name for name, p in module.named_parameters()}, values)
+    uses = Uses({id(p): name for name, p in module.named_parameters()}, values)
 
     def enter(name: str, part: nn.Module, args: Any, kwargs: Any) -> None:
         uses.stack.append(name)
