@@ -33,6 +33,7 @@ from shardwise.spec.plan import Plan
 
 Compute = Callable[[int, int, Sequence[Tensor]], Any]  # (stage, chunk, what came) -> what leaves, a scalar in the end
 Span = Callable[[str, int, int], contextlib.AbstractContextManager[None]]  # (kind, stage, chunk): around what is timed
+Kept = Callable[[int], Collection[str]]  # stage -> the names of its parameters
 Reduce = Callable[[int], None]  # told the number of a stage whose gradients are complete
 NAIVE = "naive"
 SINGLE: dict[str, Any] = {NAIVE: ScheduleGPipe, "gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
@@ -58,8 +59,8 @@ def stages_of(place: int, plan: Plan) -> list[int]:
 class Pipeline:
     """The stages `numbers` of `count` under a schedule; `group` are the ranks of the pipeline.
 
-    The parameters called `kept` (all by default) are on this rank. `compute(stage, chunk, received)` runs a stage on
-    microbatch `chunk`; `reduce(stage)` is called when all gradients of a stage are there, and `gather()` before a
+    `kept(stage)` are the names of a stage's parameters (all by default). `compute(stage, chunk, received)` runs a stage
+    on microbatch `chunk`; `reduce(stage)` is called when all gradients of a stage are there, and `gather()` before a
     backward that puts off gradients of parameters, which must be the module's own then.
     """
 
@@ -76,14 +77,15 @@ class Pipeline:
         reduce: Reduce = lambda number: None,
         gather: Callable[[], None] = lambda: None,
         span: Span = lambda kind, number, chunk: contextlib.nullcontext(),
-        kept: Collection[str] | None = None,
+        kept: Kept | None = None,
     ) -> None:
         self._schedule = schedule
         self._count = count
         self._ranks = group.size()
         self._runners: dict[int, Any] = {}
         self._pieces = [
-            _Piece(module, number, count, group, device, compute, reduce, gather, span, kept) for number in numbers
+            _Piece(module, number, count, group, device, compute, reduce, gather, span, kept and kept(number))
+            for number in numbers
         ]
 
     def step(self, micros: Sequence[Micro]) -> None:
@@ -232,7 +234,8 @@ class _Piece(_PipelineStageBase):
 
 
 class _Kept(nn.Module):
-    """What torch's stages ask a module for, many times a step: its parameters, here those that this rank has."""
+    """What torch's stages ask a module for, many times a step: its parameters, here those of one stage. Those of
+    another may be a rank's rows by then, which nothing may read."""
 
     def __init__(self, module: nn.Module, kept: Collection[str] | None) -> None:
         super().__init__()

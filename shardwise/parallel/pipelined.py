@@ -54,7 +54,7 @@ class Pipelined:
             reduce=self._complete,
             gather=self._gather_units,
             span=mesh.timeline.span,
-            kept=self.kept,
+            kept=self._of_stage,
         )
         self._replica: Replica | None = None
         self._micros: list[Micro] = []
@@ -192,6 +192,9 @@ class Pipelined:
             if number + 1 < self.count or self._head is None:
                 return found
             return self._head(found, batch, chunk)
+
+    def _of_stage(self, number: int) -> list[str]:
+        return [name for name in self.kept if number in stages_with(f"model/{name}", self._plan)]
 
     def _complete(self, number: int) -> None:
         """All gradients of a stage are there, but for what another stage of this rank has too."""
