@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 
 from shardwise.errors import JobError
 from shardwise.parallel.tensor.atoms import Cut
-from shardwise.parallel.tensor.parted import ABOUT, PROPERTIES, Parted
+from shardwise.parallel.tensor.parted import Parted, asks_about
 
 FROM_NOW = ("register_hook", "retain_grad", "register_post_accumulate_grad_hook")  # what looks at its whole gradient
 
@@ -40,10 +40,10 @@ class Handed(Parted):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in ABOUT or (name == "__get__" and getattr(func, "__self__", None) in PROPERTIES):
+        if asks_about(func):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
         if name in FROM_NOW and args[0]._passed:
             raise JobError(
                 f"{name} on {cls.what} after the next block has run: with sequence=true it goes there in parts. Call "

@@ -46,7 +46,7 @@ class Parted(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in ABOUT or (name == "__get__" and getattr(func, "__self__", None) in PROPERTIES):
+        if asks_about(func):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         first = args[0] if args else None
@@ -78,6 +78,12 @@ ABOUT = frozenset(
 PROPERTIES = frozenset(
     getattr(Tensor, name) for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "is_sparse")
 )
+
+
+def asks_about(func: Any) -> bool:
+    """Whether a function looks at a tensor's shape and kind alone, not at its numbers."""
+    name = getattr(func, "__name__", "")
+    return name in ABOUT or (name == "__get__" and getattr(func, "__self__", None) in PROPERTIES)
 
 
 def written(what: str, by: str) -> JobError:

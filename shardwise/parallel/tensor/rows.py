@@ -15,11 +15,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from shardwise.parallel.tensor.atoms import spans
+from shardwise.parallel.tensor.parted import asks_about
 
-ABOUT = frozenset(("size", "dim", "numel", "nelement", "ndimension", "is_floating_point", "is_complex", "__len__"))
-PROPERTIES = frozenset(
-    getattr(Tensor, name) for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "is_sparse")
-)
 TURNS = frozenset((Tensor.mT, Tensor.T))
 PRODUCTS = frozenset(("linear", "matmul", "__matmul__", "mm"))
 CASTS = frozenset(("float", "double", "half", "bfloat16", "to", "type_as", "contiguous", "detach", "clone"))
@@ -30,11 +27,10 @@ class Standin(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in ABOUT or (name == "__get__" and getattr(func, "__self__", None) in PROPERTIES):
+        if asks_about(func):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        return use(name, func, args, kwargs or {})
+        return use(getattr(func, "__name__", ""), func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]

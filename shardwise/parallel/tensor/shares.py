@@ -10,6 +10,7 @@ is its partner, which makes gradients of gradients right too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -33,6 +34,9 @@ class Share(NamedTuple):
         return tuple(sum(stop - first for first, stop in each) for each in self.held)
 
 
+Way = Callable[[Tensor, Share, Group], Tensor]
+
+
 @lru_cache(maxsize=1024)
 def share_of(cut: Cut, ranks: int) -> Share:
     """The spans of a cut."""
@@ -44,22 +48,22 @@ class SequenceLinks(GroupLinks):
 
     def scatter(self, x: Tensor, share: Share) -> Tensor:
         """This rank's part of the sum of the ranks' terms `x`."""
-        found: Tensor = _Scatter.apply(x, share, self.group)
+        found: Tensor = _Exchange.apply(x, share, self.group, _reduced, _gathered)
         return found
 
     def gather(self, x: Tensor, share: Share) -> Tensor:
         """The whole of the ranks' parts, for computations of this rank's own."""
-        found: Tensor = _Gather.apply(x, share, self.group)
+        found: Tensor = _Exchange.apply(x, share, self.group, _gathered, _reduced)
         return found
 
     def split(self, x: Tensor, share: Share) -> Tensor:
         """This rank's part of what is whole."""
-        found: Tensor = _Split.apply(x, share, self.group)
+        found: Tensor = _Exchange.apply(x, share, self.group, _part, _gathered)
         return found
 
     def merge(self, x: Tensor, share: Share) -> Tensor:
         """The whole of the ranks' parts, for what all ranks compute alike."""
-        found: Tensor = _Merge.apply(x, share, self.group)
+        found: Tensor = _Exchange.apply(x, share, self.group, _gathered, _part)
         return found
 
     def join(self, x: Tensor, dim: int, ids: Ids) -> Tensor:
@@ -75,48 +79,17 @@ class SequenceLinks(GroupLinks):
         return tuple(next(entered) if x.requires_grad else x for x in given)
 
 
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, share: Share, group: Group) -> Tensor:
-        ctx.share, ctx.group = share, group
-        return _reduced(x.detach(), share, group)
+class _Exchange(torch.autograd.Function):
+    """What `there` gives of a tensor; its gradient goes `back`, and the gradient of that there again."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return _Gather.apply(grad, ctx.share, ctx.group), None, None
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, share: Share, group: Group) -> Tensor:
-        ctx.share, ctx.group = share, group
-        return _gathered(x.detach(), share, group)
+    def forward(ctx: Any, x: Tensor, share: Share, group: Group, there: Way, back: Way) -> Tensor:
+        ctx.how = share, group, back, there
+        return there(x.detach(), share, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return _Scatter.apply(grad, ctx.share, ctx.group), None, None
-
-
-class _Split(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, share: Share, group: Group) -> Tensor:
-        ctx.share, ctx.group = share, group
-        return _part(x.detach(), share, group.rank())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return _Merge.apply(grad, ctx.share, ctx.group), None, None
-
-
-class _Merge(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, share: Share, group: Group) -> Tensor:
-        ctx.share, ctx.group = share, group
-        return _gathered(x.detach(), share, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return _Split.apply(grad, ctx.share, ctx.group), None, None
+        return _Exchange.apply(grad, *ctx.how), None, None, None, None
 
 
 class _EnterAll(torch.autograd.Function):
@@ -148,9 +121,9 @@ class _TotalAll(torch.autograd.Function):
         return None, *_EnterAll.apply(ctx.group, *grads)
 
 
-def _part(x: Tensor, share: Share, rank: int) -> Tensor:
+def _part(x: Tensor, share: Share, group: Group) -> Tensor:
     """A copy, so that what keeps the part does not keep the whole."""
-    return narrowed(x, share.dim, share.held[rank]).clone(memory_format=torch.contiguous_format)
+    return narrowed(x, share.dim, share.held[group.rank()]).clone(memory_format=torch.contiguous_format)
 
 
 @lru_cache(maxsize=256)

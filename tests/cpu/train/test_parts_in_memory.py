@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import transformers as tf
 
 import shardwise as sw
 from shardwise.data.source import Prepared
+from shardwise.parallel.allocator import give_back_freed_memory
 from shardwise.spec.layout import holds
 from shardwise.spec.plan import Plan
 from shardwise.train.run import Trainer, cut_here
@@ -53,6 +55,8 @@ class HighWater:
     """The most bytes that this process has had in memory since it began, above what it had then."""
 
     def __init__(self) -> None:
+        gc.collect()  # memory that others have freed would hide what is taken here
+        give_back_freed_memory()
         Path("/proc/self/clear_refs").write_text("5")
         self._before = self._now()
 
