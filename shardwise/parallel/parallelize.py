@@ -21,6 +21,7 @@ from shardwise.parallel.allocator import keep_freed_memory
 from shardwise.parallel.alone import Alone
 from shardwise.parallel.batchnorm import BatchNormSync, batch_norms
 from shardwise.parallel.coupling import UNKNOWN, agree
+from shardwise.parallel.doubles import in_doubles
 from shardwise.parallel.exact import ShardBuffers
 from shardwise.parallel.parts import Part
 from shardwise.parallel.precision import Formats, LossScaler
@@ -75,7 +76,7 @@ class Replica:
         self.axis = mesh.axis("batch")
         self.coupled = coupled
         self.shards = shards
-        self.formats = Formats(plan.precision, mesh.device)
+        self.formats = Formats(plan.precision, mesh.device, doubles=in_doubles(module))
         wholes = [cut.whole for unit in (units.each if units is not None else ()) for cut in unit.cuts]
         self._offloaded = offloaded(module, plan, mesh.device, scratch, wholes)
         if self._offloaded is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from shardwise.errors import SpecError
+from shardwise.parallel.doubles import Doubles
 from shardwise.spec.plan import Precision
 
 DTYPES: dict[str, torch.dtype] = {
@@ -41,10 +42,14 @@ class LossScaler:
 
 
 class Formats:
-    """What a plan's precision means on a device. Raises SpecError for a format that the device cannot compute in."""
+    """What a plan's precision means on a device; with `doubles` grouped products may be of float64.
 
-    def __init__(self, precision: Precision, device: torch.device) -> None:
+    Raises SpecError for a format that the device cannot compute in.
+    """
+
+    def __init__(self, precision: Precision, device: torch.device, *, doubles: bool = False) -> None:
         self.precision = precision
+        self._doubles = doubles
         self.device = device
         self.around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext  # every forward
         self.cast = DTYPES[precision] if precision in ("bfloat16", "float16") else None
@@ -61,7 +66,8 @@ class Formats:
         With one nothing is kept, so that backward can use the memory of each cast again while it is hot.
         """
         if self.cast is None or not several:
-            yield
+            with Doubles() if self._doubles else contextlib.nullcontext():
+                yield
             return
         torch.autocast_increment_nesting()
         try:

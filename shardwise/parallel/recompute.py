@@ -26,6 +26,7 @@ from shardwise.errors import JobError, SpecError
 from shardwise.models.blocks import find_blocks
 from shardwise.models.flops import PRODUCTS
 from shardwise.parallel.batchnorm import batch_norms
+from shardwise.parallel.doubles import doubled, in_doubles
 from shardwise.spec.plan import Plan
 
 TWO_BACKWARDS = ("zero_bubble", "zbv")  # schedules that go back through a graph for inputs and for weights
@@ -92,6 +93,8 @@ class _Block:
         if not torch.is_grad_enabled():
             return self._own(*args, **kwargs)
         own = partial(self._own, **kwargs)  # `checkpoint` takes some names of keyword arguments for its own
+        if in_doubles(self.module):  # backward runs it again without the modes of forward
+            own = partial(doubled, own)
         return checkpoint(own, *args, use_reentrant=False, context_fn=self._contexts)
 
     def _contexts(self) -> tuple[Any, Any]:

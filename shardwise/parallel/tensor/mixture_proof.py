@@ -8,18 +8,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from shardwise.parallel.doubles import Doubles
 from shardwise.parallel.tensor.capture import PLAIN
 from shardwise.parallel.tensor.experts import Mixture, Part
 from shardwise.parallel.tensor.guards import Held, python_draws
 from shardwise.parallel.tensor.propose import Owned
 from shardwise.parallel.tensor.prove import TOLERANCE, as_leaf, compare, part, run_whole, with_gradients
-from shardwise.parallel.tensor.rows import Standin, use
 from shardwise.parallel.tensor.standins import swapped
-
-GROUPED = ("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
 
 
 class Mixed(NamedTuple):
@@ -100,7 +97,7 @@ class Proof:
     def of(self, tables: dict[str, Owned], experts: dict[str, int]) -> Mixed:
         """The mixture with these cut. Raises Unfit where it does not compute the same."""
         found: frozenset[str] = frozenset()
-        with unchanged(self.module), _Doubles():
+        with unchanged(self.module), Doubles():
             for number, (args, kwargs) in enumerate(self.given):
                 try:
                     expected, chance = self._expected(args, kwargs)
@@ -190,21 +187,3 @@ def _random(like: Tensor, chance: torch.Generator) -> Tensor:
 
 def _versions(module: nn.Module) -> list[Any]:
     return [(name, id(tensor), tensor._version) for name, tensor in module.named_buffers()]
-
-
-class _Doubles(TorchFunctionMode):
-    """torch's grouped product knows no float64."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in GROUPED and args[0].dtype == torch.float64:
-            if any(isinstance(one, Standin) for one in (*args, *kwargs.values())):
-                return use("grouped_mm", _grouped, args, kwargs)
-            return _grouped(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _grouped(x: Tensor, weight: Tensor, offs: Tensor, **_: Any) -> Tensor:
-    ends = [0, *offs.tolist()]
-    found = [x[a:b] @ weight[e] for e, (a, b) in enumerate(zip(ends, ends[1:], strict=False))]
-    return torch.cat([*found, x.new_zeros(x.shape[0] - ends[-1], weight.shape[2])])

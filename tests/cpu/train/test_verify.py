@@ -136,3 +136,46 @@ def test_a_deep_model_is_verified_with_fewer_blocks(order: str, blocks: int, tra
     assert report.same, report.text()
     assert report.blocks == blocks
     assert f"a model of {blocks} blocks" in report.text()
+
+
+MIXTURE = """
+import torch, transformers
+import shardwise as sw
+
+X = torch.randint(64, (8, 8), generator=torch.Generator().manual_seed(1))
+
+
+def model():
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_hidden_layers=2)
+    sizes = dict(hidden_size=32, intermediate_size=64, vocab_size=64)
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**heads, **sizes))
+
+
+def job() -> sw.TrainJob:
+    return sw.TrainJob(
+        model=model, loss=sw.next_token_loss, data=sw.arrays({"input_ids": X, "targets": X}),
+        forward=lambda model, batch: model(input_ids=batch["input_ids"]).logits,
+        optimizer=sw.sgd(lr=0.1), global_batch=4, steps=2,
+    )
+"""
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "tensor=2",
+        *(
+            pytest.param(plan, marks=pytest.mark.slow)
+            for plan in ("tensor=2,sequence=true", "pipeline=2", "tensor=2,recompute=full", "pipeline=2,tensor=2")
+        ),
+    ],
+)
+def test_a_mixture_that_computes_grouped_products_is_verified_in_float64(
+    plan: str, trained: Train, tmp_path: Path
+) -> None:
+    file = tmp_path / "mixture.py"
+    file.write_text(MIXTURE)
+    report = api.verify(file, plan=plan)
+    assert report.same, report.text()
+    assert report.gradients.error is not None
+    assert report.gradients.error < 1e-9
