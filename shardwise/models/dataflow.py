@@ -27,7 +27,8 @@ from shardwise.models.blocks import find_blocks, num_parameters
 from shardwise.models.inputs import call
 
 LARGE = 0.25  # of all parameters
-OURS = (str(Path(torch.__file__).parent), __file__, "<")  # files that are not the model's
+PARALLEL = str(Path(__file__).parents[1] / "parallel")
+OURS = (str(Path(torch.__file__).parent), __file__, PARALLEL, "<")  # files that are not the model's
 
 Value = tuple[int, int]  # (call, leaf): a tensor that a block returned
 Forward = Callable[[nn.Module, Any], Any]
@@ -80,12 +81,13 @@ class Call(NamedTuple):
 
 
 class Dataflow(NamedTuple):
-    """The calls in their order, what the loss needs through the code after them, and whether anything drew random
-    numbers."""
+    """The calls in their order, what the loss needs through the code after them, whether anything drew random numbers,
+    and which values are written into after they were returned."""
 
     calls: tuple[Call, ...]
     loss: Needs
     random: bool
+    written: frozenset[Value] = frozenset()
 
 
 def dataflow(module: nn.Module, batch: Any, *, forward: Forward | None = None, loss: Loss | None = None) -> Dataflow:
@@ -106,7 +108,7 @@ def dataflow(module: nn.Module, batch: Any, *, forward: Forward | None = None, l
         output = call(module, batch, forward)
         wanted = loss(output, batch) if loss is not None else output
         needs = watch.needs(wanted)
-    return Dataflow(tuple(watch.calls), needs, watch.random)
+    return Dataflow(tuple(watch.calls), needs, watch.random, frozenset(watch.written))
 
 
 def units(module: nn.Module, counts: Mapping[str, int]) -> list[str]:
@@ -155,6 +157,8 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.calls: list[Call] = []
         self.random = False
+        self.written: set[Value] = set()
+        self._returned: dict[int, set[Value]] = {}  # storage -> the values that lie in it
         self._known: dict[int, Needs] = {}
         self._kept: list[Tensor] = []
         self._inside: dict[int, str] = {}  # storages that a call made, or that follow from them, until it returns them
@@ -207,6 +211,7 @@ class _Watch(TorchDispatchMode):
                 continue
             storage = _storage(value)
             name = self._buffers.get(storage)
+            self.written |= self._returned.get(storage, set())
             if name is None and self._open is not None and storage not in self._made:
                 self._written.add(storage)
             if name is not None and (self._open is None or not name.startswith(f"{self._open}.")):
@@ -269,7 +274,9 @@ class _Watch(TorchDispatchMode):
         if same and self._versions[id(leaf)] == leaf._version:
             return Passed(same[0])
         self._inside.pop(_storage(leaf), None)
-        self._note(leaf, Needs(values=frozenset([(len(self.calls), number)])))
+        value = len(self.calls), number
+        self._returned.setdefault(_storage(leaf), set()).add(value)
+        self._note(leaf, Needs(values=frozenset([value])))
         return Made(tuple(leaf.shape), leaf.dtype, leaf.device, leaf.requires_grad)
 
     def _note(self, tensor: Tensor, needs: Needs) -> None:

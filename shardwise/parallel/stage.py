@@ -123,7 +123,7 @@ class Stage:
             self._counting = True
         for index, leaf in enumerate(leaves_of(output)):
             if (number, index) in self._part.sends:
-                self._values[number, index] = leaf
+                self._values[number, index] = self._kept((number, index), leaf)
         if number == self._part.last and number + 1 < len(self._flow.calls):
             raise _Cut
         return output
@@ -139,11 +139,17 @@ class Stage:
                 leaves.append(given[leaf.argument])
             elif isinstance(leaf, Plain):
                 leaves.append(leaf.value)
-            elif (number, index) in self._values:
-                leaves.append(self._values[number, index])
             else:
-                leaves.append(stand_in(torch.Size(leaf.shape), leaf.dtype, leaf.device))
+                value = self._values.get((number, index))
+                if value is None:
+                    value = stand_in(torch.Size(leaf.shape), leaf.dtype, leaf.device)
+                leaves.append(self._kept((number, index), value))
         return tree_unflatten(leaves, one.tree)
+
+    def _kept(self, value: Value, tensor: Tensor) -> Tensor:
+        """A copy of what will be written into: what goes on to later stages is what the call returned."""
+        assert self._flow is not None
+        return tensor.clone() if value in self._flow.written else tensor
 
 
 def stand_in(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

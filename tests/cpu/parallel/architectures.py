@@ -190,6 +190,24 @@ class Fork(nn.Module):
         return self.both(x).chunk(2, -1)
 
 
+class InPlace(nn.Module):
+    """It writes into what its parts return: scales the embedding, adds to it what each block gives, and acts on that."""
+
+    def __init__(self, *, trained: bool = True) -> None:
+        super().__init__()
+        self.words = nn.Embedding(100, 16).requires_grad_(trained)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16)) for _ in range(4))
+        self.act, self.head = nn.ReLU(inplace=True), nn.Linear(16, 100)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.words(input_ids)
+        x *= 4
+        for block in self.blocks:
+            x += block(x.clone())
+        y = self.blocks[0](x)
+        return self.head(self.act(y) + x)
+
+
 PLAIN: dict[str, Callable[[], nn.Module]] = {
     "unet": UNet,
     "lstm": Recurrent,
@@ -198,6 +216,8 @@ PLAIN: dict[str, Callable[[], nn.Module]] = {
     "tied": Tied,
     "frozen": Frozen,
     "halves": Halves,
+    "inplace": InPlace,
+    "inplace_frozen": lambda: InPlace(trained=False),
 }
 NAMES = (*PUBLISHED, *PLAIN)
 
