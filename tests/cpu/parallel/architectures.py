@@ -191,7 +191,7 @@ class Fork(nn.Module):
 
 
 class InPlace(nn.Module):
-    """It writes into what its parts return: scales the embedding, adds to it what each block gives, and acts on that."""
+    """It writes into what its parts return: into the embedding, and into what a block gives."""
 
     def __init__(self, *, trained: bool = True) -> None:
         super().__init__()
