@@ -16,9 +16,9 @@ from shardwise.models.blocks import find_blocks, owner
 from shardwise.parallel.sharded import refuse_unlike_by_rows
 from shardwise.parallel.stage import stand_in
 from shardwise.parallel.tensor.crossing import GroupCrossing
-from shardwise.parallel.tensor.experts import Mixture
+from shardwise.parallel.tensor.experts import Mixture, is_list
 from shardwise.parallel.tensor.links import GroupLinks, gathered
-from shardwise.parallel.tensor.mixed import in_expert, opened, planned
+from shardwise.parallel.tensor.mixed import called_children, in_expert, opened, planned
 from shardwise.parallel.tensor.propose import Owned, owned_under
 from shardwise.parallel.tensor.seen import configurations
 from shardwise.parallel.tensor.sequence_unit import SequenceUnit
@@ -154,6 +154,8 @@ def _regions(module: nn.Module, mixtures: Mapping[str, Collection[str]]) -> list
 
     def through(name: str) -> list[str]:
         inside = opened(module, name, mixtures)
+        if inside is None and is_list(part := module.get_submodule(name)):
+            inside = [f"{name}.{child}" for child, _ in called_children(part)]
         return [name] if inside is None else [one for inner in inside for one in through(inner)]
 
     return [one for name in find_blocks(module) if not in_expert(name, mixtures) for one in through(name)]

@@ -16,6 +16,7 @@ KEEPS = (
     *("float", "double", "half", "bfloat16", "dropout", "where", "masked_fill", "fill", "zero"),
     *("zeros_like", "ones_like", "empty_like", "full_like", "clamp", "square", "rsub", "relu", "relu6", "leaky_relu"),
     *("gelu", "silu", "elu", "selu", "celu", "mish", "softplus", "hardtanh", "hardswish", "hardsigmoid", "positive"),
+    *("multiply", "divide", "true_divide", "subtract", "negative", "absolute"),  # other names
 )
 
 
@@ -127,7 +128,7 @@ def step_of(view: View, node: Any) -> Step:
 def _whole(view: View, node: Any) -> Step:
     """Nothing is cut yet; a layer whose weight may be cut begins."""
     name = str(getattr(node.target, "_opname", "")) if node.op == "call_function" else ""
-    if name in ("linear", "addmm", "mm", "matmul", "embedding"):
+    if name in ("linear", "addmm", "mm", "matmul", "embedding", "einsum"):
         return products.RULES[name](view, node)
     several = node.op == "call_function" and isinstance(node.meta.get("val"), (tuple, list))
     return Step(out=(None,) * len(node.meta["val"]) if several else None)

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_map
 
 from shardwise.errors import JobError, SpecError
 from shardwise.models.blocks import find_blocks, num_parameters, owner
-from shardwise.parallel.tensor.atoms import Ids, parts_of
+from shardwise.parallel.tensor.atoms import Conflict, Ids, parts_of
 from shardwise.parallel.tensor.capture import Captured, capture
-from shardwise.parallel.tensor.mixed import in_expert, opened
+from shardwise.parallel.tensor.mixed import called_children, in_expert, opened
 from shardwise.parallel.tensor.mixture_proof import Mixed, Unfit
 from shardwise.parallel.tensor.mixtures import find_mixture, may_be_mixture, widened
 from shardwise.parallel.tensor.propose import Owned, Proposal, Refused, owned_under, propose
@@ -29,6 +29,7 @@ ROUNDED = 1e-6  # what norms that compute in float32 add up in another order
 LARGE = 0.01  # of all parameters: a smaller table is not worth a collective
 FEW = 0.25  # of the largest table's rows: so is one with fewer (positions, kinds)
 ROWS = 128  # a rank's, of a table in the proof: its rows are alike
+UNFIT = (RuntimeError, IndexError, ValueError, TypeError)  # what an operation says to parts that it cannot take
 One = TypeVar("One")
 
 
@@ -184,9 +185,8 @@ class _Search:
     def _inner(self) -> Iterator[str]:
         """The blocks; where there are none, the smallest modules that can be split by themselves."""
         blocks = [name for name in self.blocks if not in_expert(name, self._experts())]
-        for name in self.seen.calls:
-            if name in blocks:
-                yield from self._splittable(name)
+        for name in blocks:
+            yield from self._splittable(name)
         if not blocks:
             yield from self._smallest("")
 
@@ -197,10 +197,10 @@ class _Search:
             for one in inside:
                 yield from self._splittable(one) if one in self.seen.calls and self._beside(name, one) else ()
             return
-        if name not in self.seen.calls or self._captured(name) is not None:
+        if name in self.seen.calls and self._captured(name) is not None:
             yield name
             return
-        for child, _ in self.module.get_submodule(name).named_children():
+        for child, _ in called_children(self.module.get_submodule(name)):
             yield from self._splittable(f"{name}.{child}") if f"{name}.{child}" in self.seen.calls else ()
 
     def _beside(self, name: str, child: str) -> bool:
@@ -299,19 +299,41 @@ class _Search:
                 self.whole |= dict.fromkeys((inside[n] for n in proposal.owned), "its code does not run in float64")
                 return Proposal({}, {})
             owned = proposed(again).owned if few else proposal.owned
+            why = self._proof(twin, args, kwargs, again, owned)
         except Refused as why_not:
             raise refused(f"'{inside[why_not.name]}': {why_not}") from None
-        gap, where = difference(twin, args, kwargs, again, owned, self.ranks)
         alike = [(n, one.dim) for n, one in owned.items()] == [(n, one.dim) for n, one in proposal.owned.items()]
-        if gap <= (ROUNDED if _in_singles(again) else TOLERANCE) and alike:
-            if self.sequence:
-                _prove_sequence(*difference(twin, args, kwargs, again, owned, self.ranks, sequence=True))
+        if not why and alike:
             return proposal
-        why = f"split, its {where} differs by {gap:.1e}"
+        why = why or "in float64 it computes something else"
         if forced:
             raise refused(f"'{inside[next(iter(forced))]}': {why}")
-        self.whole |= dict.fromkeys((inside[n] for n in proposal.owned), why)
-        return Proposal({}, {})
+        return self._without(name, captured, keep, inside, proposal, why)
+
+    def _proof(self, twin: nn.Module, args: Any, kwargs: Any, captured: Captured, owned: Mapping[str, Owned]) -> str:
+        """Why the split does not do; empty where it computes the same."""
+        try:
+            gap, where = difference(twin, args, kwargs, captured, owned, self.ranks)
+            if not gap <= (ROUNDED if _in_singles(captured) else TOLERANCE):
+                return f"split, its {where} differs by {gap:.1e}"
+            if self.sequence:
+                _prove_sequence(*difference(twin, args, kwargs, captured, owned, self.ranks, sequence=True))
+        except (Conflict, *UNFIT) as failed:
+            return f"split, its parts do not fit together ({failed})"
+        return ""
+
+    def _without(
+        self, name: str, captured: Captured, keep: frozenset[str], inside: dict[str, str], proposal: Proposal, why: str
+    ) -> Proposal:
+        """What of a split that failed can be proven: that of each part by itself, such as attention and an MLP."""
+        every = frozenset().union(*proposal.regions)
+        bad = every
+        if len(proposal.regions) > 1:
+            alone = [(one, self._prove(name, captured, keep | (every - one), inside, {})) for one in proposal.regions]
+            bad = every - frozenset().union(*(one for one, proven in alone if proven.owned))
+        found = self._prove(name, captured, keep | bad, inside, {}) if bad < every and bad else Proposal({}, {})
+        self.whole |= dict.fromkeys((inside[n] for n in (bad or every)), why)
+        return found
 
     def _few_rows(self, module: nn.Module) -> int | None:
         """How many rows of a table or of what scores it are enough for the proof, if not all."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from math import prod
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ Group = list[tuple[int, int]]  # (size, number of the factor)
 def factors(before: tuple[int, ...], after: tuple[int, ...]) -> tuple[list[Group], list[Group]]:
     """The factors of each dim of two shapes of one tensor, such that both are products of the same ones.
 
-    A dim that has no such factors by itself (12 = 3 x 4 read as 4 x 3) is refused: Conflict.
+    Dims that have no such factors (3 x 4 read as 4 x 3) have some of their own, which the other shape has not.
     """
     inner: list[Group] = [[] for _ in before]
     outer: list[Group] = [[] for _ in after]
@@ -57,8 +58,17 @@ def factors(before: tuple[int, ...], after: tuple[int, ...]) -> tuple[list[Group
     while left and right:
         (i, a), (j, b) = left.pop(0), right.pop(0)
         size = min(a, b)
-        if size == 0 or max(a, b) % size:
-            raise Conflict("the shapes do not share their factors")
+        if size == 0:
+            raise Conflict("it has no elements")
+        if max(a, b) % size:  # further dims, until both have as many elements: their factors are their own
+            one, two = [(i, a)], [(j, b)]
+            while (here := prod(n for _, n in one)) != (there := prod(n for _, n in two)):
+                one, two = (one, [*two, right.pop(0)]) if here > there else ([*one, left.pop(0)], two)
+            for groups, dims in ((inner, one), (outer, two)):
+                for dim, n in dims:
+                    groups[dim].append((n, number))
+                    number += 1
+            continue
         inner[i].append((size, number))
         outer[j].append((size, number))
         number += 1
@@ -255,7 +265,8 @@ def repeat_interleave(view: View, node: Any) -> Step:
     assert cut is not None
     if cut.dim != dim % n:
         return labelled(view, [(x, list(range(n)))], list(range(n)))
-    return Step(out=Cut(cut.dim, tuple(one for one in cut.ids for _ in range(times))))
+    out = Cut(cut.dim, tuple(one for one in cut.ids for _ in range(times)))
+    return Step(out=out, call=lambda rank: (node.target, (x, times, cut.dim), {}))  # its length is the rank's own
 
 
 def repeat(view: View, node: Any) -> Step:
@@ -274,11 +285,22 @@ def along(view: View, node: Any) -> Step:
     return labelled(view, [(x, labels)], labels, blocked=[d % n for d in ints(where)])
 
 
+def picked(view: View, node: Any) -> Step:
+    """index_select and gather: whole along the dim in which they pick, and wherever their index is shorter."""
+    x, dim, index = node.args[:3]
+    n = len(shape(x))
+    labels = list(range(n))
+    if node.target._opname == "index_select":
+        return labelled(view, [(x, labels)], labels, blocked=[dim % n])
+    blocked = [d for d in labels if d == dim % n or shape(x)[d] != shape(index)[d]]
+    return labelled(view, [(x, labels), (index, labels)], labels, blocked=blocked)
+
+
 def pad(view: View, node: Any) -> Step:
     x, widths = node.args[:2]
     n = len(shape(x))
     labels = list(range(n))
-    return labelled(view, [(x, labels)], labels, blocked=labels[n - len(widths) // 2 :])
+    return labelled(view, [(x, labels)], labels, blocked=[n - 1 - i // 2 for i, width in enumerate(widths) if width])
 
 
 def item(view: View, node: Any) -> Step:
@@ -298,7 +320,9 @@ def ints(value: Any) -> list[int]:
 
 
 RULES = {
-    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "_reshape_alias"), reshape),
+    **dict.fromkeys(
+        ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as", "_reshape_alias"), reshape
+    ),
     **dict.fromkeys(("permute", "transpose", "t", "swapaxes", "swapdims", "numpy_T", "mT"), permute),
     "movedim": movedim,
     "unsqueeze": unsqueeze,
@@ -310,6 +334,7 @@ RULES = {
     "select": select,
     **dict.fromkeys(("cat", "concat", "concatenate"), cat),
     "stack": stack,
+    **dict.fromkeys(("index_select", "gather"), picked),
     "repeat_interleave": repeat_interleave,
     "repeat": repeat,
     **dict.fromkeys(("pad", "constant_pad_nd"), pad),

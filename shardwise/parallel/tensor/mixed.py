@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from torch import nn
@@ -89,6 +89,15 @@ def opened(module: nn.Module, name: str, mixtures: Mapping[str, Collection[str]]
         inner = f"{name}.{key}".lstrip(".")
         found += _through(inner, child)
     return found
+
+
+def called_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The children that a module's code calls: for a list, which has no forward, those in it."""
+    for name, child in module.named_children():
+        if is_list(child):
+            yield from ((f"{name}.{inner}", part) for inner, part in called_children(child))
+        else:
+            yield name, child
 
 
 def _through(name: str, module: nn.Module) -> list[str]:

@@ -71,8 +71,16 @@ def einsum(view: View, node: Any) -> Step:
     equation, operands = node.args[0], node.args[1]
     left, arrow, out = str(equation).replace(" ", "").partition("->")
     if not arrow or "." in left:
-        raise Conflict("its equation is not written out")
-    return labelled(view, list(zip(operands, left.split(","), strict=True)), out, sums=True)
+        if any(view.cut(one) is not None for one in operands):
+            raise Conflict("its equation is not written out")
+        return Step()
+    terms = left.split(",")
+    preset = None
+    if len(terms) == 2:  # a weight whose heads are a dim of it
+        begun = [d for d, label in enumerate(terms[1]) if label in out and label not in terms[0]]
+        if begun and begun[0] < 2:
+            preset = _column(view, operands[0], operands[1], begun[0], terms[1][begun[0]])
+    return labelled(view, list(zip(operands, terms, strict=True)), out, sums=True, preset=preset)
 
 
 def attention(view: View, node: Any) -> Step:

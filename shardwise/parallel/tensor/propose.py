@@ -32,11 +32,13 @@ class Owned(NamedTuple):
 
 
 class Proposal(NamedTuple):
-    """Parameter -> how it is cut, why others are whole, and which dimension is cut (`@heads` or `@hidden`)."""
+    """Parameter -> how it is cut, why others are whole, which dimension is cut (`@heads` or `@hidden`), and which are
+    cut together."""
 
     owned: dict[str, Owned]
     whole: dict[str, str]
     dimensions: dict[str, str] = {}
+    regions: tuple[frozenset[str], ...] = ()
 
 
 class Refused(Exception):
@@ -64,6 +66,7 @@ class _Looking(View):
         self.sources: dict[fx.Node, frozenset[str]] = {}
         self.uses: dict[str, list[Cut | None]] = {}
         self.dimensions: dict[str, str] = {}
+        self.regions: tuple[frozenset[str], ...] = ()
         self.here: frozenset[str] = frozenset()  # the sources of the operation that is looked at
         self.asked: list[tuple[fx.Node, int, frozenset[str]]] = []
 
@@ -117,7 +120,7 @@ class _Search:
             except _Failed as failed:
                 self._give_way(looking, failed)
                 continue
-            return Proposal(owned, self.whole, looking.dimensions)
+            return Proposal(owned, self.whole, looking.dimensions, looking.regions)
         return Proposal({}, {**self.whole, **dict.fromkeys(self.columns, "no way was found in time")})
 
     def _through(self, looking: _Looking) -> None:
@@ -163,6 +166,7 @@ class _Search:
         """Atoms to ranks, region by region; a region that has fewer atoms than ranks cannot be cut."""
         cuts = self._stored(looking)
         region = _regions(looking.atoms, {name: cut.ids for name, cut in cuts.items()})
+        looking.regions = tuple(map(frozenset, region))
         owner: dict[int, int] = {}
         for names in region:
             groups = len({one for name in names for one in looking.atoms.resolve(cuts[name].ids)})

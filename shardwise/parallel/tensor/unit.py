@@ -14,6 +14,7 @@ from shardwise import events
 from shardwise.parallel.tensor.atoms import Conflict, Cut
 from shardwise.parallel.tensor.capture import Captured, capture, signature
 from shardwise.parallel.tensor.links import GroupLinks
+from shardwise.parallel.tensor.mixed import called_children
 from shardwise.parallel.tensor.parted import Parted
 from shardwise.parallel.tensor.program import Program, build, steps
 from shardwise.parallel.tensor.propose import Owned
@@ -140,7 +141,7 @@ class Unit:
         """Its own code, which no graph was made of: the parts inside are run as programs, where they have what is cut,
         and what else it reads of that, it gets whole."""
         if not self._children:
-            children = [self._child(part) for part in self.module.children()]
+            children = [self._child(part) for _, part in called_children(self.module)]
             self._children = [child for child in children if child is not None]
             for child in self._children:
                 child.open()
