@@ -200,7 +200,9 @@ class _Search:
         if name in self.seen.calls and self._captured(name) is not None:
             yield name
             return
-        for child, _ in called_children(self.module.get_submodule(name)):
+        part = self.module.get_submodule(name)  # experts that stay whole are in a list too
+        apart = any(isinstance(one, Unfit) for (unfit, _), one in self._mixed.items() if unfit == name)
+        for child, _ in part.named_children() if apart else called_children(part):
             yield from self._splittable(f"{name}.{child}") if f"{name}.{child}" in self.seen.calls else ()
 
     def _beside(self, name: str, child: str) -> bool:
