@@ -68,6 +68,39 @@ PUBLISHED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma": ("GemmaForCausalLM", "GemmaConfig", GROUPED | {"head_dim": 8} | ENDS),
     "phi": ("PhiForCausalLM", "PhiConfig", TEXT | ENDS),
     "falcon": ("FalconForCausalLM", "FalconConfig", SIZES | ENDS),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", GROUPED | {"head_dim": 8, "sliding_window": 8} | ENDS),
+    "roformer": ("RoFormerForMaskedLM", "RoFormerConfig", TEXT | {"embedding_size": 16}),
+    "deberta": (
+        "DebertaForMaskedLM",
+        "DebertaConfig",
+        TEXT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_relative_positions": 8},
+    ),
+    "convbert": ("ConvBertForMaskedLM", "ConvBertConfig", TEXT | {"embedding_size": 32, "head_ratio": 2}),
+    "xlnet": (
+        "XLNetLMHeadModel",
+        "XLNetConfig",
+        {"d_model": 32, "n_layer": 4, "n_head": 4, "d_inner": 64, "vocab_size": 100},
+    ),
+    "funnel": (
+        "FunnelForMaskedLM",
+        "FunnelConfig",
+        {"block_sizes": [1, 1, 1], "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64, "vocab_size": 100},
+    ),
+    "mamba2": (
+        "Mamba2ForCausalLM",
+        "Mamba2Config",
+        {"hidden_size": 32, "num_hidden_layers": 4, "state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 2}
+        | {"chunk_size": 4, "vocab_size": 100}
+        | ENDS,
+    ),
+    "segformer": (
+        "SegformerForSemanticSegmentation",
+        "SegformerConfig",
+        {"num_encoder_blocks": 2, "depths": [2, 2], "sr_ratios": [2, 1], "hidden_sizes": [16, 32]}
+        | {"patch_sizes": [7, 3], "strides": [4, 2], "num_attention_heads": [2, 4], "mlp_ratios": [2, 2]}
+        | {"decoder_hidden_size": 16, "drop_path_rate": 0.0},
+    ),
+    "ctrl": ("CTRLLMHeadModel", "CTRLConfig", {"n_embd": 32, "n_layer": 4, "n_head": 4, "dff": 64, "vocab_size": 100}),
 }
 
 
@@ -208,6 +241,38 @@ class InPlace(nn.Module):
         return self.head(self.act(y) + x)
 
 
+class Spelled(nn.Module):
+    """One block of attention and an MLP, whose weights are its own and have a dim for the heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Parameter(torch.randn(16, 4, 4) / 4) for _ in range(3))
+        self.out = nn.Parameter(torch.randn(4, 4, 16) / 4)
+        self.up, self.down = nn.Parameter(torch.randn(16, 32) / 4), nn.Parameter(torch.randn(32, 16) / 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (torch.einsum("bte,ehd->bthd", x, one) for one in (self.query, self.key, self.value))
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k).softmax(-1)
+        x = x + torch.einsum("bqhd,hde->bqe", torch.einsum("bhqk,bkhd->bqhd", scores, v), self.out)
+        return x + (x @ self.up).relu() @ self.down
+
+
+class Spellings(nn.Module):
+    """Blocks in a list of lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(100, 16), nn.Linear(16, 100)
+        self.stages = nn.ModuleList(nn.ModuleList(Spelled() for _ in range(2)) for _ in range(2))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.words(input_ids)
+        for stage in self.stages:
+            for block in stage:  # type: ignore[attr-defined]
+                x = block(x)
+        return self.head(x)
+
+
 PLAIN: dict[str, Callable[[], nn.Module]] = {
     "unet": UNet,
     "lstm": Recurrent,
@@ -216,6 +281,7 @@ PLAIN: dict[str, Callable[[], nn.Module]] = {
     "tied": Tied,
     "frozen": Frozen,
     "halves": Halves,
+    "spellings": Spellings,
     "inplace": InPlace,
     "inplace_frozen": lambda: InPlace(trained=False),
 }
@@ -242,7 +308,7 @@ def batch(name: str) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(3, 100, (2, 12), generator=generator)
     image = torch.randn(2, 3, 32, 32, generator=generator, dtype=torch.float64)
-    if name in ("vit", "resnet", "swin", "unet", "mixer"):
+    if name in ("vit", "resnet", "swin", "segformer", "unet", "mixer"):
         return {"pixel_values": image}
     if name == "t5":
         return {"input_ids": tokens, "decoder_input_ids": tokens[:, :7]}
@@ -251,7 +317,7 @@ def batch(name: str) -> dict[str, Tensor]:
         return {"input_features": sound, "decoder_input_ids": tokens[:, :7]}
     if name == "clip":
         return {"input_ids": tokens, "pixel_values": image}
-    if name in PLAIN:
+    if name in (*PLAIN, "xlnet"):
         return {"input_ids": tokens}
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 

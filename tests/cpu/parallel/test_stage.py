@@ -19,7 +19,7 @@ from shardwise.spec.plan import Plan
 from shardwise.spec.plan import Stage as Stages
 
 CLOSE = 1e-9  # relative
-QUICK = ("gpt2", "albert", "t5", "unet", "mixer", "tied", "frozen", "halves", "inplace", "inplace_frozen")
+QUICK = ("gpt2", "albert", "t5", "unet", "mixer", "tied", "frozen", "halves", "spellings", "inplace", "inplace_frozen")
 ALL = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NAMES]
 
 

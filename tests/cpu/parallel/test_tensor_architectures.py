@@ -14,7 +14,7 @@ from shardwise.parallel.tensor.find import find_splits
 from shardwise.spec.plan import Plan
 from tests.ranks import Rank, run_ranks
 
-QUICK = ("gpt2", "t5", "mixtral")
+QUICK = ("gpt2", "t5", "mixtral", "spellings")
 WITHOUT = ("resnet", "unet")  # neither attention nor MLPs
 SPLIT = [name for name in NAMES if name not in WITHOUT]
 LEAST = 0.6  # of the parameters
