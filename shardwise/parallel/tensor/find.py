@@ -29,6 +29,7 @@ ROUNDED = 1e-6  # what norms that compute in float32 add up in another order
 LARGE = 0.01  # of all parameters: a smaller table is not worth a collective
 FEW = 0.25  # of the largest table's rows: so is one with fewer (positions, kinds)
 ROWS = 128  # a rank's, of a table in the proof: its rows are alike
+UNTAKEN = "its code looks at numbers, or no rule takes what it does"
 UNFIT = (RuntimeError, IndexError, ValueError, TypeError)  # what an operation says to parts that it cannot take
 One = TypeVar("One")
 
@@ -250,7 +251,8 @@ class _Search:
         self.whole |= dict.fromkeys(self.wished, "the plan keeps it whole")
         for name, p in self.module.named_parameters():
             if p.dim() > 1 and name not in found and owner(name, self.blocks) is not None:
-                self.whole.setdefault(name, "its code looks at numbers, or no rule takes what it does")
+                why = "convolutions are cut channel by channel only" if p.dim() > 3 else UNTAKEN
+                self.whole.setdefault(name, why)
 
     def _large(self, parameter: Tensor) -> bool:
         return parameter.numel() >= LARGE * self.total and parameter.shape[0] >= self.ranks

@@ -31,7 +31,7 @@ def test_loss_and_gradients_are_those_of_one_process(name: str) -> None:
     total.backward()
     expected = {key: p.grad for key, p in module.named_parameters() if p.grad is not None}
     floor = 1e-6 * max(float(grad.norm()) for grad in expected.values())
-    tolerance = 1e-6 if name in ("gemma", "mamba") else 1e-10  # those compute in float32 inside
+    tolerance = 1e-6 if name in ("gemma", "gemma3", "mamba") else 1e-10  # those compute in float32 inside
     for here, found, _ in run_ranks(2, gradients, name, plan):
         assert here == pytest.approx(total.item(), rel=tolerance)
         assert found.keys() == expected.keys()
