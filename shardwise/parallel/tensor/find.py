@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 
 from shardwise.errors import JobError, SpecError
@@ -251,7 +252,8 @@ class _Search:
         self.whole |= dict.fromkeys(self.wished, "the plan keeps it whole")
         for name, p in self.module.named_parameters():
             if p.dim() > 1 and name not in found and owner(name, self.blocks) is not None:
-                why = "convolutions are cut channel by channel only" if p.dim() > 3 else UNTAKEN
+                layer = self.module.get_submodule(name.rpartition(".")[0])
+                why = "convolutions are cut channel by channel only" if isinstance(layer, _ConvNd) else UNTAKEN
                 self.whole.setdefault(name, why)
 
     def _large(self, parameter: Tensor) -> bool:
