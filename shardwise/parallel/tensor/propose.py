@@ -101,7 +101,8 @@ class _Search:
     ) -> None:
         self.captured, self.ranks = captured, ranks
         self.candidates, self.forced = candidates, forced
-        self.whole: dict[str, str] = dict.fromkeys(keep, "it is used elsewhere too")
+        self.keep = frozenset(keep)
+        self.whole: dict[str, str] = dict.fromkeys(keep, "it is used elsewhere too")  # these begin no cut
         self.columns = {name: one.dim for name, one in forced.items()}
         self.choices: dict[fx.Node, int] = {}
         self.why: dict[str, str] = {}  # parameter -> what stopped it first, before other ways were tried
@@ -120,7 +121,8 @@ class _Search:
             except _Failed as failed:
                 self._give_way(looking, failed)
                 continue
-            return Proposal(owned, self.whole, looking.dimensions, looking.regions)
+            whole = {name: why for name, why in self.whole.items() if name not in owned}
+            return Proposal(owned, whole, looking.dimensions, looking.regions)
         return Proposal({}, {**self.whole, **dict.fromkeys(self.columns, "no way was found in time")})
 
     def _through(self, looking: _Looking) -> None:
@@ -204,7 +206,7 @@ class _Search:
         found: dict[str, Cut] = {}
         for name, uses in looking.uses.items():
             first = uses[0]
-            if first is None or first.dim > 1 or name in self.whole or name not in self.candidates:
+            if first is None or first.dim > 1 or name in self.keep or name not in self.candidates:
                 continue
             if name in self.forced or all(
                 use is not None and use.dim == first.dim and looking.atoms.alike(use.ids, first.ids) for use in uses
