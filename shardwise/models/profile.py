@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -244,7 +245,9 @@ def _on_fake(measure: Callable[[nn.Module, Any, int], T], build: Build, example:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     batch = _map_tensors(example, lambda tensor: mode.from_tensor(_resized(tensor, samples, FAKE_SAMPLES)))
     with mode:
-        module = _empty_copy(build) if isinstance(build, nn.Module) else _built(build)
+        module = build if isinstance(build, nn.Module) else _built(build)
+        if module is build or any(_storage(p) != _storage(p.detach()) for p in module.parameters()):
+            module = _empty_copy(module)  # what copies of fake tensors share memory with, nothing says
         return measure(module.train(), batch, FAKE_SAMPLES)
 
 
@@ -266,11 +269,14 @@ def _built(build: Callable[[], nn.Module]) -> nn.Module:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the traceback that torch logs when an operator has no fake form: the next attempt needs none."""
+    """Without the traceback that torch logs when an operator has no fake form: the next attempt needs none; and without
+    its warning about copies of fake tensors, which a job's model() may well make."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before, logger.disabled = logger.disabled, True
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+            yield
     finally:
         logger.disabled = before
 

@@ -21,8 +21,12 @@ def shallow(job: TrainJob, example: Any) -> TrainJob:
     """The job with the first BLOCKS of each list of alike blocks in its model, where that still runs on `example`."""
 
     def build() -> nn.Module:
-        module = copy.deepcopy(job.model())  # it may be the user's own
-        return module if _drop_blocks(module) and _runs(module, job, example) else job.model()
+        module = job.model()
+        if depth(module) <= BLOCKS:
+            return module
+        less = copy.deepcopy(module)  # it may be the user's own
+        _drop_blocks(less)
+        return less if _runs(less, job, example) else module
 
     return structs.replace(job, model=build)
 
@@ -50,11 +54,9 @@ def _kind(block: nn.Module) -> tuple[Any, ...]:
     return type(block), tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
 
 
-def _drop_blocks(module: nn.Module) -> bool:
-    long = [blocks for blocks in _lists(module) if len(blocks) > BLOCKS]
-    for blocks in long:
+def _drop_blocks(module: nn.Module) -> None:
+    for blocks in _lists(module):
         del blocks[BLOCKS:]
-    return bool(long)
 
 
 def _runs(module: nn.Module, job: TrainJob, example: Any) -> bool:

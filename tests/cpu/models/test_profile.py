@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -226,6 +228,22 @@ def test_a_given_module_and_the_random_state_stay_as_they_are() -> None:
     assert all(ours is theirs for ours, theirs in zip(parameters, module.parameters(), strict=True))
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
     assert not module._forward_hooks
+
+
+def test_a_model_that_is_a_copy_is_profiled_without_a_word() -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    batch, before = {"input": torch.randn(2, 4)}, torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found = profile(lambda: copy.deepcopy(build()), batch)
+    finally:
+        torch.set_warn_always(before)
+    assert found == profile(build, batch)
+    assert not said
 
 
 def test_the_jobs_forward_gets_the_batch_in_its_own_form() -> None:
